@@ -1,0 +1,42 @@
+"""Packaging, from settings.ini (the same file that nbdev reads)."""
+
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+demo, dev = cfg["demo_requirements"].split(), cfg["dev_requirements"].split()
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=" + cfg["min_python"],
+    packages=find_packages(include=["lor2c", "lor2c.*"]),
+    package_data={"lor2c": ["py.typed"]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={"demo": demo, "dev": demo + dev},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split("\n"),
+        # Where nbdev finds the pages and sources of our names: it links them on our site, and on that of any project.
+        "nbdev": ["lor2c=lor2c._modidx:d"],
+    },
+    zip_safe=False,
+)
