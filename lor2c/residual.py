@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OTHER_NAMES', 'CARD', 'CANNOT_FOLD', 'TENSOR', 'refuse_other_names', 'LoR2CConfig', 'write_card', 'LoR2CLayer',
-           'HoldInput', 'AddResidual', 'hidden_states', 'attach', 'residuals', 'remove_unused', 'LoR2CModel',
-           'spans_by_key', 'first_floating', 'add_residual', 'warn_of_frozen_head', 'set_spans', 'layers_of',
-           'tensors_by_layer', 'spans_in']
+           'this_thread', 'HoldInput', 'AddResidual', 'hidden_states', 'attach', 'residuals', 'remove_unused',
+           'LoR2CModel', 'spans_by_key', 'first_floating', 'add_residual', 'warn_of_frozen_head', 'set_spans',
+           'layers_of', 'tensors_by_layer', 'spans_in']
 
 # %% ../nbs/api/12_residual.ipynb #bc5a9207
 import functools
@@ -119,7 +119,7 @@ def write_card(
                 card.text = "\n" + CARD + card.text.lstrip("\n")
                 card.save(path)
 
-# %% ../nbs/api/12_residual.ipynb #3923bfae
+# %% ../nbs/api/12_residual.ipynb #38f7546d
 class LoR2CLayer(nn.Module, BaseTunerLayer):
     """The residuals, one per adapter, that end at one transformer layer.
 
@@ -156,7 +156,7 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
     def hold(self, start: int, x: Tensor) -> None:
         "Keep the input of layer `start` until this layer has run."
         if any(self.start[name] == start for name in self.current()):
-            self._held[start, threading.get_ident()] = x
+            self._held[start, this_thread()] = x
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:  # output and input of the layer, (batch, seq, d)
         names = self.current()
@@ -168,7 +168,7 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         return h
 
     def _release(self, start: int) -> Tensor:
-        held = self._held.pop((start, threading.get_ident()), None)
+        held = self._held.pop((start, this_thread()), None)
         if held is None:
             raise RuntimeError(
                 f"layer {self.end} ran without layer {start}, where its residual [{start}..{self.end}] begins. A wrapper "
@@ -190,6 +190,11 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         for tensors in (self.lor2c_A, self.lor2c_B):
             if name in tensors and not tensors[name].is_meta:
                 tensors[name] = nn.Parameter(tensors[name].to(device or self._home), tensors[name].requires_grad)
+
+
+def this_thread() -> int:
+    "Keeps forwards in different threads apart; torch.compile, which cannot trace a thread's number, sees 0."
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 CANNOT_FOLD = (
@@ -264,7 +269,7 @@ def remove_unused(model: nn.Module) -> None:
         if not residual.start:
             del layers[residual.end].lor2c
 
-# %% ../nbs/api/12_residual.ipynb #801e4f2e
+# %% ../nbs/api/12_residual.ipynb #f5b456e2
 class LoR2CModel(BaseTuner):
     """The LoR2C tuner, as `get_peft_model(model, LoR2CConfig(...))` makes it.
 
@@ -305,6 +310,9 @@ class LoR2CModel(BaseTuner):
             attach(layers, residual)
             del layers[residual.end].lor2c
         return super()._unload_and_optionally_merge(merge=False, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # a trained head at unload(); it need not have a single `weight`
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

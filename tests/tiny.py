@@ -1,0 +1,92 @@
+"""Tiny random models of ten families, eleven stacks: the columns of the contract."""
+
+import torch
+import transformers as T
+from torch import nn
+
+ENCODER = dict(
+    vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+    max_position_embeddings=70, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+DECODER = dict(
+    vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+    intermediate_size=32, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def t5() -> nn.Module:
+    return T.T5ForConditionalGeneration(
+        T.T5Config(
+            vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_heads=2, dropout_rate=0.0,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+    )
+
+
+BUILD = {
+    "BERT": lambda: T.BertForSequenceClassification(T.BertConfig(**ENCODER)),
+    "RoBERTa": lambda: T.RobertaForSequenceClassification(T.RobertaConfig(**ENCODER)),
+    "DistilBERT": lambda: T.DistilBertForSequenceClassification(
+        T.DistilBertConfig(
+            vocab_size=64, dim=16, n_layers=4, n_heads=2, hidden_dim=32, max_position_embeddings=64, dropout=0.0,
+            attention_dropout=0.0, seq_classif_dropout=0.0,
+        )  # fmt: skip
+    ),
+    "DeBERTa-v2": lambda: T.DebertaV2ForSequenceClassification(
+        T.DebertaV2Config(
+            **ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, conv_kernel_size=3,
+            norm_rel_ebd="layer_norm",
+        )  # fmt: skip
+    ),
+    "GPT-2": lambda: T.GPT2LMHeadModel(
+        T.GPT2Config(
+            vocab_size=64, n_embd=16, n_layer=4, n_head=2, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+    ),
+    "Llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(**DECODER)),
+    "Qwen 3": lambda: T.Qwen3ForCausalLM(T.Qwen3Config(**DECODER, head_dim=8)),
+    "Gemma 3": lambda: T.Gemma3ForCausalLM(T.Gemma3TextConfig(**DECODER, head_dim=8, sliding_window=8)),
+    "T5 encoder": t5,
+    "T5 decoder": t5,
+    "ViT": lambda: T.ViTForImageClassification(
+        T.ViTConfig(
+            hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=16,
+            patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+    ),
+}
+STACKS = list(BUILD)
+CLASSIFIERS = {"BERT", "RoBERTa", "DistilBERT", "DeBERTa-v2"}
+
+
+def build(stack: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The base of a stack: always the same weights, parameters frozen, in eval mode."""
+    torch.manual_seed(0)
+    return BUILD[stack]().to(dtype).requires_grad_(False).eval()
+
+
+def layers_path(stack: str) -> str | None:
+    """What `LoR2CConfig(layers=...)` needs: only an encoder-decoder has to name a stack."""
+    return {"T5 encoder": "encoder.block", "T5 decoder": "decoder.block"}.get(stack)
+
+
+def task_type(stack: str) -> str | None:
+    if stack in CLASSIFIERS:
+        return "SEQ_CLS"
+    return {"ViT": None, "T5 encoder": "SEQ_2_SEQ_LM", "T5 decoder": "SEQ_2_SEQ_LM"}.get(stack, "CAUSAL_LM")
+
+
+def batch(stack: str, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Two rows with labels; the first row of a text batch is padded where the model takes padding."""
+    g = torch.Generator().manual_seed(seed)
+    if stack == "ViT":
+        pixels = torch.randn(2, 3, 16, 16, generator=g).to(dtype)
+        return dict(pixel_values=pixels, labels=torch.randint(0, 2, (2,), generator=g))
+    ids = torch.randint(3, 64, (2, 12), generator=g)
+    mask = torch.ones_like(ids)
+    if stack in CLASSIFIERS:
+        mask[0, -3:] = 0
+        return dict(input_ids=ids, attention_mask=mask, labels=torch.randint(0, 2, (2,), generator=g))
+    labels = torch.randint(3, 64, (2, 6), generator=g) if stack.startswith("T5") else ids.clone()
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
