@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['write_json', 'save_whole', 'read_adapter', 'describe', 'is_part', 'describe_residuals']
 
-# %% ../nbs/api/31_adapters.ipynb #dc2f646f
+# %% ../nbs/api/31_adapters.ipynb #4f826899
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -93,5 +92,7 @@ def describe_residuals(config: dict[str, Any], tensors: dict[str, Tensor]) -> li
         values = singular_values(parts["A"], parts["B"], scaling)
         start, used = parts["span"][0].item(), numerical_rank(values, d, 0.01).item()
         spectrum = f"largest singular value {values[0]:.3g}, {used} of {r} above 1 % of it"
-        lines.append(f"  layers {start:>2}..{end:<2}  {parts['A'].numel() + parts['B'].numel():,} parameters, {spectrum}")
+        lines.append(
+            f"  layers {start:>2}..{end:<2}  {parts['A'].numel() + parts['B'].numel():,} parameters, {spectrum}"
+        )
     return lines

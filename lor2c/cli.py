@@ -7,7 +7,7 @@ __all__ = ['MACHINE', 'EXAMPLES', 'make_parser', 'add_demo', 'add_glue', 'add_ma
            'prepare_or_exit', 'stop', 'summary', 'run_inspect', 'run_demo', 'table', 'show_use', 'classify', 'main',
            'quieten']
 
-# %% ../nbs/api/40_cli.ipynb #f04a3784
+# %% ../nbs/api/40_cli.ipynb #aaf2f98d
 import argparse
 import os
 import sys
@@ -25,7 +25,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from .adapters import describe
 from .data import DEMO, GLUE
 from .plots import plot_runs
-from .train import METHODS, RECIPES, Job, carry_out, demo_run, glue_run, prepare
+from .run import METHODS, RECIPES, demo_run, glue_run
+from .train import Job, carry_out, prepare
 
 # %% ../nbs/api/40_cli.ipynb #ec20d534
 def make_parser() -> argparse.ArgumentParser:
@@ -45,7 +46,9 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         "Fine-tune a small encoder (all-MiniLM-L6-v2) on movie-review snippets with several methods; prints a table, "
         "saves a picture, and loads an adapter back."
     )
-    parser.add_argument("--methods", default="head,lora,lor2c", help=f"comma-separated, of {', '.join(METHODS)} (%(default)s)")
+    parser.add_argument(
+        "--methods", default="head,lora,lor2c", help=f"comma-separated, of {', '.join(METHODS)} (%(default)s)"
+    )
     parser.add_argument("--train-size", type=int, default=3000, metavar="N", help="training snippets (%(default)s)")
     parser.add_argument("--epochs", type=int, default=2, metavar="N", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(%(default)s)")
@@ -99,7 +102,18 @@ MACHINE = ("device", "precision", "report_to")
 
 def run_glue(args: argparse.Namespace) -> None:
     "Fine-tune, then say how good and where."
-    names = ("rank", "alpha", "dropout", "epochs", "batch_size", "lr", "max_length", "max_train_samples", "seed", "data_dir")
+    names = (
+        "rank",
+        "alpha",
+        "dropout",
+        "epochs",
+        "batch_size",
+        "lr",
+        "max_length",
+        "max_train_samples",
+        "seed",
+        "data_dir",
+    )
     changes = {name: getattr(args, name) for name in (*names, *MACHINE)}
     job = prepare_or_exit(glue_run, args.task, args.method, args.model, args.output_dir, args.resume, changes)
     print(summary(job, carry_out(job)))
@@ -144,7 +158,10 @@ def run_inspect(args: argparse.Namespace) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     "Train the methods one after the other; table, picture, and an adapter loaded back."
     folder = Path(args.output_dir)
-    changes = {"max_train_samples": args.train_size, **{name: getattr(args, name) for name in ("epochs", "seed", *MACHINE)}}
+    changes = {
+        "max_train_samples": args.train_size,
+        **{name: getattr(args, name) for name in ("epochs", "seed", *MACHINE)},
+    }
     methods = [name.strip() for name in args.methods.split(",")]
     jobs = [prepare_or_exit(demo_run, name, folder / name, True, changes) for name in dict.fromkeys(methods)]
     records = []
@@ -165,7 +182,9 @@ def table(records: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'method':10}{'accuracy':>10}{'trainable parameters':>22}{'seconds':>9}"]
     for record in records:
         accuracy = record["metrics"]["best"]["accuracy"]
-        lines.append(f"{record['method']:10}{accuracy:>10.3f}{record['trainable_parameters']:>22,}{record['seconds']:>9.0f}")
+        lines.append(
+            f"{record['method']:10}{accuracy:>10.3f}{record['trainable_parameters']:>22,}{record['seconds']:>9.0f}"
+        )
     return "\n".join([*lines, f"{'(constant)':10}{baseline:>10.3f}{0:>22}"])
 
 

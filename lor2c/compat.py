@@ -23,16 +23,16 @@ def unsupported(what: str) -> ImportError:
         "Try: pip install -U 'transformers>=5.23' 'peft>=0.21'"
     )
 
-# %% ../nbs/api/10_compat.ipynb #26845456
-try:
+# %% ../nbs/api/10_compat.ipynb #1209698b
+try:  # some of these are for other modules to import from here
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
-    from peft.tuners._buffer_dict import BufferDict
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from peft.utils.constants import DUMMY_TARGET_MODULES
+    from peft.tuners._buffer_dict import BufferDict  # noqa: F401
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: F401
+    from peft.utils.constants import DUMMY_TARGET_MODULES  # noqa: F401
     from peft.utils.peft_types import PeftType, register_peft_method
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError as error:

@@ -41,7 +41,9 @@ def find_layers(
     if len(found) == 1:
         return next(iter(found.items()))
     choose = " or ".join(f"layers={name!r}" for name in found or module_lists(model))
-    raise ValueError(f"found {len(found) or 'no'} stacks of transformer layers in {type(model).__name__}: name one, {choose}")
+    raise ValueError(
+        f"found {len(found) or 'no'} stacks of transformer layers in {type(model).__name__}: name one, {choose}"
+    )
 
 
 def module_lists(model: nn.Module) -> list[str]:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from lor2c.cli import main
 from lor2c.data import demo_model, load_demo
-from lor2c.train import glue_run, is_complete, last_complete_checkpoint, prepare
+from lor2c.run import glue_run
+from lor2c.train import is_complete, last_complete_checkpoint, prepare
 
 RUN = "glue --task sst2 --model minilm --epochs 3 --batch-size 16 --max-length 32 --lr 0.002 --seed 3 --device cpu".split()
 
@@ -168,7 +169,9 @@ def test_no_network_and_no_cache(tmp_path):
 
 def test_a_model_of_another_kind_of_folder(capsys, glue_data, tmp_path):
     (tmp_path / "empty").mkdir()
-    error = refused(capsys, *RUN, "--data-dir", glue_data, "--output-dir", tmp_path / "run", "--model", tmp_path / "empty")
+    error = refused(
+        capsys, *RUN, "--data-dir", glue_data, "--output-dir", tmp_path / "run", "--model", tmp_path / "empty"
+    )
     assert "is a folder without a config.json" in error
 
 
@@ -176,7 +179,9 @@ def test_inspect(capsys, undisturbed, tmp_path):
     main(["inspect", str(undisturbed / "adapter")])
     out = capsys.readouterr().out
     assert demo_model() in out and "36,864 in residuals, 770 in head" in out
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("  layers")] == [f"{i}..{i}" for i in range(6)]
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("  layers")] == [
+        f"{i}..{i}" for i in range(6)
+    ]
     cut = tmp_path / "cut"
     shutil.copytree(undisturbed / "adapter", cut)
     weights = cut / "adapter_model.safetensors"
@@ -206,7 +211,9 @@ def test_every_method_and_regression(glue_data, tmp_path):
     rows = rows.add_column("hypothesis", rows["premise"])
     for split in ("train", "validation_matched", "validation_mismatched"):
         rows.to_parquet(folder / f"{split}.parquet")
-    changes = dict(epochs=1, batch_size=16, max_length=32, max_train_samples=32, device="cpu", data_dir=str(folder.parent))
+    changes = dict(
+        epochs=1, batch_size=16, max_length=32, max_train_samples=32, device="cpu", data_dir=str(folder.parent)
+    )
     from lor2c.train import carry_out
 
     for method in ("head", "full", "lora", "lor2c"):

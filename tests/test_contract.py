@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from tiny import CLASSIFIERS, STACKS, batch, build, layers_path, task_type
 
 import lor2c
@@ -84,7 +84,9 @@ def unload(stack):
 def second_adapter(stack):
     b, model = batch(stack), adapted(stack)
     one = model(**b)
-    other = lor2c.LoR2CConfig(r=3, alpha=3, spans=[[0, 1], [2, 2]], layers=layers_path(stack), task_type=task_type(stack))
+    other = lor2c.LoR2CConfig(
+        r=3, alpha=3, spans=[[0, 1], [2, 2]], layers=layers_path(stack), task_type=task_type(stack)
+    )
     model.add_adapter("other", other)
     assert equal(model.eval()(**b), one)  # added, not active
     for n, p in model.named_parameters():

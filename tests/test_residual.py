@@ -52,7 +52,11 @@ def llama(model, base, b, residuals):
     body, h = base.model, base.model.embed_tokens(b["input_ids"])
     positions = torch.arange(h.shape[1])[None]
     mask = create_causal_mask(
-        config=base.config, inputs_embeds=h, attention_mask=b["attention_mask"], past_key_values=None, position_ids=positions
+        config=base.config,
+        inputs_embeds=h,
+        attention_mask=b["attention_mask"],
+        past_key_values=None,
+        position_ids=positions,
     )
     angles = body.rotary_emb(h, positions)
     states = written_out(
@@ -65,7 +69,11 @@ def llama(model, base, b, residuals):
 @pytest.mark.parametrize("spans", [ONE_LAYER, LONGER], ids=["one layer", "longer"])
 @pytest.mark.parametrize(
     "stack, reference, dtype, tolerance",
-    [("RoBERTa", roberta, torch.float64, 1e-9), ("Llama", llama, torch.float64, 1e-9), ("Llama", llama, torch.float32, 1e-5)],
+    [
+        ("RoBERTa", roberta, torch.float64, 1e-9),
+        ("Llama", llama, torch.float64, 1e-9),
+        ("Llama", llama, torch.float32, 1e-5),
+    ],
     ids=["RoBERTa-float64", "Llama-float64", "Llama-float32"],
 )
 def test_written_out(stack, reference, dtype, tolerance, spans):
@@ -201,7 +209,12 @@ def test_set_spans_keeps_equal_spans():
     assert not after[1, 2][1].any()
     layers = model.base_model.model.bert.encoder.layer
     assert not hasattr(layers[1], "lor2c")
-    assert [sum(isinstance(h, lor2c.residual.AddResidual) for h in m._forward_hooks.values()) for m in layers] == [1, 0, 1, 1]
+    assert [sum(isinstance(h, lor2c.residual.AddResidual) for h in m._forward_hooks.values()) for m in layers] == [
+        1,
+        0,
+        1,
+        1,
+    ]
     assert [len(m._forward_pre_hooks) for m in layers] == [0, 1, 0, 0]
     model(**batch("BERT")).loss.backward()
     assert {n for n, g in gradients(model).items() if "lor2c_B" in n and g.any()} == {

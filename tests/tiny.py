@@ -17,8 +17,16 @@ DECODER = dict(
 def t5() -> nn.Module:
     return T.T5ForConditionalGeneration(
         T.T5Config(
-            vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=4, num_heads=2, dropout_rate=0.0,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+            vocab_size=64,
+            d_model=16,
+            d_kv=8,
+            d_ff=32,
+            num_layers=4,
+            num_heads=2,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
         )  # fmt: skip
     )
 
@@ -28,20 +36,40 @@ BUILD = {
     "RoBERTa": lambda: T.RobertaForSequenceClassification(T.RobertaConfig(**ENCODER)),
     "DistilBERT": lambda: T.DistilBertForSequenceClassification(
         T.DistilBertConfig(
-            vocab_size=64, dim=16, n_layers=4, n_heads=2, hidden_dim=32, max_position_embeddings=64, dropout=0.0,
-            attention_dropout=0.0, seq_classif_dropout=0.0,
+            vocab_size=64,
+            dim=16,
+            n_layers=4,
+            n_heads=2,
+            hidden_dim=32,
+            max_position_embeddings=64,
+            dropout=0.0,
+            attention_dropout=0.0,
+            seq_classif_dropout=0.0,
         )  # fmt: skip
     ),
     "DeBERTa-v2": lambda: T.DebertaV2ForSequenceClassification(
         T.DebertaV2Config(
-            **ENCODER, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, conv_kernel_size=3,
+            **ENCODER,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            position_buckets=8,
+            conv_kernel_size=3,
             norm_rel_ebd="layer_norm",
         )  # fmt: skip
     ),
     "GPT-2": lambda: T.GPT2LMHeadModel(
         T.GPT2Config(
-            vocab_size=64, n_embd=16, n_layer=4, n_head=2, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+            vocab_size=64,
+            n_embd=16,
+            n_layer=4,
+            n_head=2,
+            n_positions=64,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
         )  # fmt: skip
     ),
     "Llama": lambda: T.LlamaForCausalLM(T.LlamaConfig(**DECODER)),
@@ -51,8 +79,14 @@ BUILD = {
     "T5 decoder": t5,
     "ViT": lambda: T.ViTForImageClassification(
         T.ViTConfig(
-            hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=16,
-            patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=16,
+            patch_size=4,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )  # fmt: skip
     ),
 }
