@@ -19,7 +19,7 @@ from torch import Tensor
 from .lowrank import numerical_rank, singular_values
 from .residual import tensors_by_layer
 
-# %% ../nbs/api/31_adapters.ipynb #1a9e6a80
+# %% ../nbs/api/31_adapters.ipynb #4e41d417
 def write_json(
     path: Path,
     content: dict[str, Any],
@@ -45,7 +45,7 @@ def save_whole(
     os.replace(part, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/api/31_adapters.ipynb #73b7c6ba
+# %% ../nbs/api/31_adapters.ipynb #97be2fb4
 def read_adapter(
     folder: Path,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # configuration, tensors
@@ -55,11 +55,15 @@ def read_adapter(
         if not file.is_file():
             raise FileNotFoundError(f"no adapter in {folder}: {file.name} is missing. Name the folder that holds it")
     try:
-        return json.loads(config.read_text(encoding="utf-8")), load_file(weights)
-    except (SafetensorError, ValueError) as error:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        kind = settings["peft_type"]
+        if kind == "LOR2C" and not (settings["r"] >= 1 and settings["alpha"] > 0):
+            raise ValueError(f"r = {settings['r']}, alpha = {settings['alpha']}")
+        return settings, load_file(weights)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {folder} is damaged, perhaps cut off while copying: {error}") from error
 
-# %% ../nbs/api/31_adapters.ipynb #f0d39cf5
+# %% ../nbs/api/31_adapters.ipynb #f935e90c
 def describe(
     folder: Path,
 ) -> str:  # a few lines to print
@@ -89,9 +93,11 @@ def describe_residuals(config: dict[str, Any], tensors: dict[str, Tensor]) -> li
     (r, d), depth, scaling = first["A"].shape, first["span"][2].item(), config["alpha"] / config["r"]
     lines = [f"residuals: {len(found)} on {depth} layers at {path}, d = {d}, r = {r}, alpha / r = {scaling:g}"]
     for (_, end), parts in found:
-        values = singular_values(parts["A"], parts["B"], scaling)
-        start, used = parts["span"][0].item(), numerical_rank(values, d, 0.01).item()
-        spectrum = f"largest singular value {values[0]:.3g}, {used} of {r} above 1 % of it"
+        start, spectrum = parts["span"][0].item(), "not finite: training diverged"
+        if parts["A"].isfinite().all() and parts["B"].isfinite().all():
+            values = singular_values(parts["A"], parts["B"], scaling)
+            used = numerical_rank(values, d, 0.01).item()
+            spectrum = f"largest singular value {values[0]:.3g}, {used} of {r} above 1 % of it"
         lines.append(
             f"  layers {start:>2}..{end:<2}  {parts['A'].numel() + parts['B'].numel():,} parameters, {spectrum}"
         )

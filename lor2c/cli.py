@@ -28,7 +28,7 @@ from .plots import plot_runs
 from .run import METHODS, RECIPES, demo_run, glue_run
 from .train import Job, carry_out, prepare
 
-# %% ../nbs/api/40_cli.ipynb #ec20d534
+# %% ../nbs/api/40_cli.ipynb #0404bb84
 def make_parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     parser = argparse.ArgumentParser(
@@ -96,7 +96,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="a folder with adapter_config.json")
     parser.set_defaults(run=run_inspect)
 
-# %% ../nbs/api/40_cli.ipynb #87d90957
+# %% ../nbs/api/40_cli.ipynb #b8148ee0
 MACHINE = ("device", "precision", "report_to")
 
 
@@ -154,7 +154,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         stop(error)
 
-# %% ../nbs/api/40_cli.ipynb #7742ba96
+# %% ../nbs/api/40_cli.ipynb #d164d72d
 def run_demo(args: argparse.Namespace) -> None:
     "Train the methods one after the other; table, picture, and an adapter loaded back."
     folder = Path(args.output_dir)
@@ -162,15 +162,16 @@ def run_demo(args: argparse.Namespace) -> None:
         "max_train_samples": args.train_size,
         **{name: getattr(args, name) for name in ("epochs", "seed", *MACHINE)},
     }
-    methods = [name.strip() for name in args.methods.split(",")]
-    jobs = [prepare_or_exit(demo_run, name, folder / name, True, changes) for name in dict.fromkeys(methods)]
+    methods = dict.fromkeys(name.strip() for name in args.methods.split(","))
+    jobs = [prepare_or_exit(demo_run, name, folder / name, True, changes) for name in methods]
     records = []
     for job in jobs:
         if job.record:
             print(f"{job.run.method}: finished earlier, taken from {job.folder} (delete the folder to train again)")
         records.append(carry_out(job))
     picture = folder / "demo.png"
-    plot_runs(records).savefig(picture, dpi=150)
+    plot_runs(records).savefig(picture.with_suffix(".part"), dpi=150, format="png")
+    os.replace(picture.with_suffix(".part"), picture)
     print(f"\n{table(records)}\n\npicture: {picture}")
     if usable := [job for job in jobs if job.run.method != "full"]:
         show_use(usable[-1].folder / "adapter")
@@ -220,7 +221,7 @@ def classify(
         top = model(**batch).logits.softmax(-1).max(-1)
     return [(DEMO.labels[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
-# %% ../nbs/api/40_cli.ipynb #bca37163
+# %% ../nbs/api/40_cli.ipynb #9ae13b09
 def main(
     argv: Sequence[str] | None = None,  # arguments; those of the process if None
 ) -> None:
@@ -232,7 +233,8 @@ def main(
     try:
         args.run(args)
     except KeyboardInterrupt:
-        print("\nlor2c: interrupted; the same command with --resume goes on from the last epoch", file=sys.stderr)
+        again = {"demo": "; the same command goes on", "glue": "; the same command with --resume goes on"}
+        print(f"\nlor2c: interrupted{again.get(args.command, '')}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

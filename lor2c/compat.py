@@ -38,7 +38,7 @@ try:  # some of these are for other modules to import from here
 except ImportError as error:
     raise unsupported(str(error)) from error
 
-# %% ../nbs/api/10_compat.ipynb #78e7f570
+# %% ../nbs/api/10_compat.ipynb #830a354e
 def check_installed() -> None:
     "Raises ImportError where PEFT or transformers lack a behaviour that lor2c depends on."
     if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
@@ -49,7 +49,7 @@ def check_installed() -> None:
 
 check_installed()
 
-# %% ../nbs/api/10_compat.ipynb #3a37b7b6
+# %% ../nbs/api/10_compat.ipynb #aee903e5
 def add_peft_type(
     name: str,  # upper case, e.g. "LOR2C"
 ) -> PeftType:

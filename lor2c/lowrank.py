@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/api/00_lowrank.ipynb #d5448626
+# %% ../nbs/api/00_lowrank.ipynb #39c2ef44
 def init_pair(
     d: int,  # width of the residual stream
     r: int,  # rank
@@ -35,7 +35,7 @@ def check_rank(r: int) -> int:
         raise ValueError(f"the rank r must be a whole number of at least 1, found {r!r}")
     return r
 
-# %% ../nbs/api/00_lowrank.ipynb #d519765a
+# %% ../nbs/api/00_lowrank.ipynb #e703eb63
 def scaling_factor(
     alpha: float,  # the numerator; 16 in the GLUE settings
     r: int,  # rank
@@ -43,7 +43,7 @@ def scaling_factor(
     "alpha / r, the factor before B A (LoRA section 4.1). Raises ValueError for r < 1."
     return alpha / check_rank(r)
 
-# %% ../nbs/api/00_lowrank.ipynb #7d0a3427
+# %% ../nbs/api/00_lowrank.ipynb #be6715b7
 def add_delta(
     h: Tensor,  # stream to add to, (..., d)
     x: Tensor,  # stream the pair reads, (..., d)
@@ -61,7 +61,7 @@ def add_delta(
         return flat.view_as(h)
     return h + (F.linear(t, B) * scaling).to(h.dtype)
 
-# %% ../nbs/api/00_lowrank.ipynb #8f4d2821
+# %% ../nbs/api/00_lowrank.ipynb #0b280a6d
 def singular_values(
     A: Tensor,  # (..., r, d)
     B: Tensor,  # (..., d, r)
@@ -76,7 +76,7 @@ def singular_values(
     R_B = torch.linalg.qr(B.detach().to(wide), mode="r").R
     return torch.linalg.svdvals(R_B @ R_A.mT) * abs(scaling)
 
-# %% ../nbs/api/00_lowrank.ipynb #8af2f2bf
+# %% ../nbs/api/00_lowrank.ipynb #b4990066
 def numerical_rank(
     values: Tensor,  # singular values, (..., r), as from `singular_values`
     d: int,  # width of the stream, for the default tolerance

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-# %% ../nbs/api/34_plots.ipynb #99671b85
+# %% ../nbs/api/34_plots.ipynb #d7026101
 def plot_runs(
     records: Sequence[dict[str, Any]],  # of runs on one task
 ) -> Figure:

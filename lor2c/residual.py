@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CANNOT_FOLD', 'TENSOR', 'LoR2CLayer', 'this_thread', 'HoldInput', 'AddResidual', 'hidden_states', 'attach',
-           'residuals', 'remove_unused', 'LoR2CModel', 'spans_by_key', 'first_floating', 'add_residual',
-           'warn_of_frozen_head', 'set_spans', 'layers_of', 'tensors_by_layer', 'spans_in']
+           'residuals', 'remove_unused', 'LoR2CModel', 'spans_by_key', 'refuse_layerdrop', 'first_floating',
+           'add_residual', 'warn_of_frozen_head', 'set_spans', 'layers_of', 'tensors_by_layer', 'spans_in']
 
 # %% ../nbs/api/13_residual.ipynb #a936da62
 import re
@@ -22,7 +22,7 @@ from .config import LoR2CConfig
 from .lowrank import add_delta, init_pair, scaling_factor
 from .stack import Span, check_spans, find_layers, stream_width
 
-# %% ../nbs/api/13_residual.ipynb #38f7546d
+# %% ../nbs/api/13_residual.ipynb #06dcfaa4
 class LoR2CLayer(nn.Module, BaseTunerLayer):
     """The residuals, one per adapter, that end at one transformer layer.
 
@@ -48,7 +48,8 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         "Add or replace adapter `name`: a fresh pair on the device and in the dtype of `like`."
         self.lor2c_A[name], self.lor2c_B[name] = init_pair(self.width, config.r, like.device, like.dtype)
         self.lor2c_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.lor2c_span[name] = torch.tensor([start, self.end, self.depth])
+        home = None if like.is_meta else like.device  # a structure must have values, also where weights have none
+        self.lor2c_span[name] = torch.tensor([start, self.end, self.depth], device=home)
         self.start[name], self.scaling[name] = start, scaling_factor(config.alpha, config.r)
         self._home = like.device
 
@@ -90,9 +91,23 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         raise AttributeError("a LoR2C residual wraps no layer, it goes around whole layers")
 
     def _move_adapter_to_device_of_base_layer(self, name: str, device: torch.device | None = None) -> None:
+        home = device or self._home
         for tensors in (self.lor2c_A, self.lor2c_B):
             if name in tensors and not tensors[name].is_meta:
-                tensors[name] = nn.Parameter(tensors[name].to(device or self._home), tensors[name].requires_grad)
+                tensors[name] = nn.Parameter(tensors[name].to(home), tensors[name].requires_grad)
+        if name in self.lor2c_span:
+            self.lor2c_span[name] = self.lor2c_span[name].to(home)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        "Refuse tensors of another structure; rest[-1] is the list of errors that `load_state_dict` raises."
+        for name, start in self.start.items():
+            span = state_dict.get(f"{prefix}lor2c_span.{name}")
+            if span is not None and span.tolist() != [start, self.end, self.depth]:
+                rest[-1].append(f"{prefix}: saved with [start, end, depth] {span.tolist()}; call set_spans() first")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}}  # activations are never copied or pickled
 
 
 def this_thread() -> int:
@@ -105,7 +120,7 @@ CANNOT_FOLD = (
     "matrix equals it. Keep the adapter, or call unload() to get the base model back without it"
 )
 
-# %% ../nbs/api/13_residual.ipynb #0aad7ffa
+# %% ../nbs/api/13_residual.ipynb #08d0b81a
 class HoldInput:
     "Forward pre-hook on the first layer of a span: keeps its input for the residual."
 
@@ -145,7 +160,7 @@ def hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:  # (ba
         )
     return x
 
-# %% ../nbs/api/13_residual.ipynb #065c1554
+# %% ../nbs/api/13_residual.ipynb #a8f66328
 def attach(layers: nn.ModuleList, residual: LoR2CLayer) -> None:
     "Register the hooks that the residual's adapters need, and remove those that none needs any more."
     starts = set(residual.start.values())
@@ -174,7 +189,7 @@ def remove_unused(model: nn.Module) -> None:
         if not residual.start:
             del layers[residual.end].lor2c
 
-# %% ../nbs/api/13_residual.ipynb #f5b456e2
+# %% ../nbs/api/13_residual.ipynb #e914f190
 class LoR2CModel(BaseTuner):
     """The LoR2C tuner, as `get_peft_model(model, LoR2CConfig(...))` makes it.
 
@@ -204,8 +219,13 @@ class LoR2CModel(BaseTuner):
         set_spans(self.model, self.peft_config[adapter_name], adapter_name, spans)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        before = self.active_adapters
         super().delete_adapter(adapter_name)
         remove_unused(self.model)
+        if self.active_adapters and self.active_adapters != before:  # PEFT lets each layer choose for itself
+            frozen = self.peft_config[self.active_adapters[0]].inference_mode
+            for _, residual in residuals(self.model):
+                residual.set_adapter(self.active_adapters, inference_mode=frozen)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
@@ -227,11 +247,24 @@ class LoR2CModel(BaseTuner):
         set_spans(body, config, adapter_name, spans_in(state_dict, body, config))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-# %% ../nbs/api/13_residual.ipynb #e96dcc19
+# %% ../nbs/api/13_residual.ipynb #8c9ac5e1
 def spans_by_key(model: nn.Module, config: LoR2CConfig) -> dict[str, Span]:
     "Module name of the last layer of each span -> span, checked against the model."
     path, layers = find_layers(model, config.layers)
-    return {f"{path}.{end}": (start, end) for start, end in check_spans(config.spans, len(layers))}
+    spans = check_spans(config.spans, len(layers))
+    refuse_layerdrop(model, spans)
+    return {f"{path}.{end}": (start, end) for start, end in spans}
+
+
+def refuse_layerdrop(model: nn.Module, spans: list[Span]) -> None:
+    "ValueError for a longer span in a model that skips whole layers while it trains."
+    config = getattr(model, "config", None)
+    drop = max(getattr(config, f"{part}layerdrop", 0) or 0 for part in ("", "encoder_", "decoder_"))
+    if drop and any(start < end for start, end in spans):
+        raise ValueError(
+            f"the model skips layers in training (layerdrop {drop:g}), and a residual over several layers needs them all: "
+            "load the model with layerdrop=0, or use spans of one layer"
+        )
 
 
 def first_floating(layer: nn.Module) -> Tensor:
@@ -244,9 +277,11 @@ def add_residual(
     layers: nn.ModuleList, span: Span, width: int, name: str, config: LoR2CConfig, like: Tensor
 ) -> LoR2CLayer:
     "Put adapter `name` around layers span[0]..span[1], with a fresh pair."
-    host = layers[span[1]]
+    host, peers = layers[span[1]], [layer.lor2c for layer in layers if hasattr(layer, "lor2c")]
     if not hasattr(host, "lor2c"):
         host.lor2c = LoR2CLayer(width, span[1], len(layers))
+        for peer in peers[:1]:  # switched on or off as the others are
+            host.lor2c._active_adapter, host.lor2c._disable_adapters = peer._active_adapter, peer._disable_adapters
     host.lor2c.update_layer(name, span[0], config, like)
     attach(layers, host.lor2c)
     return host.lor2c.train(host.training)
@@ -270,23 +305,23 @@ def warn_of_frozen_head(model: nn.Module, config: LoR2CConfig) -> None:
         stacklevel=2,
     )
 
-# %% ../nbs/api/13_residual.ipynb #1e0501d6
+# %% ../nbs/api/13_residual.ipynb #a1ec76fd
 def set_spans(model: nn.Module, config: LoR2CConfig, name: str, spans: list[Span]) -> None:
     "Give adapter `name` these spans on a live model; equal spans keep their pairs."
     path, layers = find_layers(model, config.layers)
     wanted = check_spans(spans, len(layers))
+    refuse_layerdrop(model, wanted)
     present = {(m.start[name], m.end): m for _, m in residuals(layers_of(model, path)) if name in m.start}
     if wanted == sorted(present):
         return
     peer = next(iter(present.values()))
-    like, trained, width = peer.lor2c_A[name], peer.lor2c_A[name].requires_grad, peer.width
+    dtype, trained, width = peer.lor2c_A[name].dtype, peer.lor2c_A[name].requires_grad, peer.width
     for span in present.keys() - set(wanted):
         for attribute in LoR2CLayer.adapter_layer_names + LoR2CLayer.other_param_names:
             del getattr(present[span], attribute)[name]
     for span in sorted(set(wanted) - present.keys()):
-        new = add_residual(layers, span, width, name, config, like)
-        new._active_adapter, new._disable_adapters = peer._active_adapter, peer._disable_adapters
-        new.set_requires_grad(name, trained)
+        like = torch.empty(0, dtype=dtype, device=first_floating(layers[span[1]]).device)
+        add_residual(layers, span, width, name, config, like).set_requires_grad(name, trained)
     remove_unused(model)
     config.spans = [list(span) for span in wanted]
 
@@ -295,7 +330,7 @@ def layers_of(model: nn.Module, path: str) -> nn.Module:
     "The part of the model that owns the list of layers at `path`."
     return model.get_submodule(path.rpartition(".")[0])
 
-# %% ../nbs/api/13_residual.ipynb #bace8151
+# %% ../nbs/api/13_residual.ipynb #c231e5b0
 TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>A|B|span)")
 
 
@@ -331,5 +366,5 @@ def spans_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConfi
         spans.append((start, end))
     return check_spans(spans, len(layers))
 
-# %% ../nbs/api/13_residual.ipynb #6dad2cfa
+# %% ../nbs/api/13_residual.ipynb #221ce7bb
 register("lor2c", LoR2CConfig, LoR2CModel)

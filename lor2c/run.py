@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'OWN_LR', 'DEMO_LR', 'Run', 'one_of', 'glue_run', 'demo_run', 'adapter_config', 'find_model',
-           'load_base', 'build_model', 'count_parameters', 'run_task', 'load_data', 'validation_splits']
+           'load_base', 'load_tokenizer', 'position_limit', 'new_modules', 'build_model', 'count_parameters',
+           'run_task', 'load_data', 'by_length', 'validation_splits']
 
-# %% ../nbs/api/32_run.ipynb #40abd249
+# %% ../nbs/api/32_run.ipynb #3eec62f0
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from huggingface_hub import model_info, try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,7 +30,7 @@ from .compat import DUMMY_TARGET_MODULES
 from .config import LoR2CConfig
 from .data import DEMO, Task, demo_model, glue_task, load_demo, load_glue, tokenize
 
-# %% ../nbs/api/32_run.ipynb #487ee334
+# %% ../nbs/api/32_run.ipynb #2fab6001
 METHODS = ("head", "full", "lora", "lor2c")
 
 
@@ -73,7 +75,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
 
-# %% ../nbs/api/32_run.ipynb #1cacaeb8
+# %% ../nbs/api/32_run.ipynb #545def03
 RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "mnli": (30, 128, 256, 5e-4),
     "mrpc": (30, 64, 256, 4e-4),
@@ -86,7 +88,7 @@ RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "cola": (30, 16, 256, 4e-4),
 }
 OWN_LR = {"full": 2e-5, "head": 5e-3}  # the baselines' own best, see the tutorial on GLUE
-DEMO_LR = {"full": 5e-5, "head": 5e-3, "lora": 2e-3, "lor2c": 2e-3}
+DEMO_LR = {"full": 5e-5, "head": 1e-1, "lora": 2e-3, "lor2c": 2e-3}
 
 
 def glue_run(
@@ -111,19 +113,22 @@ def demo_run(
     run = Run("demo", method, "minilm", 2, 32, 64, DEMO_LR[method], max_train_samples=3000, seed=0)
     return replace(run, **{name: value for name, value in changes.items() if value is not None})
 
-# %% ../nbs/api/32_run.ipynb #63a436bc
-def adapter_config(run: Run) -> PeftConfig | None:
+# %% ../nbs/api/32_run.ipynb #6d3adb9a
+def adapter_config(
+    run: Run,
+    new: list[str],  # modules that are trained in full: the head, and whatever else is new
+) -> PeftConfig | None:
     "The PEFT configuration of a run's method; None for full fine-tuning."
-    lora = dict(task_type="SEQ_CLS", r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout)
+    common = dict(task_type="SEQ_CLS", modules_to_save=list(new))
     match run.method:
         case "full":
             return None
         case "head":
-            return LoraConfig(task_type="SEQ_CLS", target_modules=DUMMY_TARGET_MODULES)
+            return LoraConfig(**common, target_modules=DUMMY_TARGET_MODULES)
         case "lora":  # on q and v: PEFT's default for the encoders of GLUE
-            return LoraConfig(**lora)
+            return LoraConfig(**common, r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout)
         case "lor2c":
-            return LoR2CConfig(task_type="SEQ_CLS", r=run.rank, alpha=run.alpha, dropout=run.dropout)
+            return LoR2CConfig(**common, r=run.rank, alpha=run.alpha, dropout=run.dropout)
 
 
 def find_model(name: str) -> str:
@@ -148,15 +153,49 @@ def find_model(name: str) -> str:
 def load_base(
     run: Run,
     task: Task,
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    "The pretrained model with a new head, in float32, and its tokenizer. Raises OSError where it cannot be had."
+) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
+    """A pretrained model with a head of the task's size, in float32, its tokenizer, and the modules that are new.
+
+    Raises OSError where the model cannot be had, ValueError where it is damaged or does not fit.
+    """
     name = find_model(run.model)
     config = AutoConfig.from_pretrained(name, num_labels=task.num_labels)
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {label: i for i, label in config.id2label.items()}
-    model = AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(name)
+    how = dict(config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(name, **how)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"model {run.model!r} is damaged or does not fit: {error}") from error
+    return model, load_tokenizer(name, model), new_modules(model, info)
+
+
+def load_tokenizer(name: str, model: nn.Module) -> PreTrainedTokenizerBase:
+    "The model's tokenizer, with a padding token, and no more tokens than the model has positions for."
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:  # as with most decoders
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {name!r} has neither a padding nor an end token: rows cannot be padded")
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = min(tokenizer.model_max_length, position_limit(model))
+    return tokenizer
+
+
+def position_limit(model: nn.Module) -> int:
+    "How many tokens the model has positions for; in RoBERTa's table the padding takes some."
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return getattr(model.config, "max_position_embeddings", None) or 2**31
+
+
+def new_modules(model: nn.Module, loading_info: dict[str, Any]) -> list[str]:
+    "Modules whose values the checkpoint did not have: the head, and in some families a pooler."
+    keys = {*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])}
+    paths = {key.rpartition(".")[0] for key in keys}
+    return sorted({p if p.startswith(model.base_model_prefix + ".") else p.partition(".")[0] for p in paths})
 
 
 def build_model(
@@ -165,8 +204,8 @@ def build_model(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     "What a run trains, with initial values drawn from its seed, and the tokenizer."
     set_seed(run.seed)
-    model, tokenizer = load_base(run, task)
-    config = adapter_config(run)
+    model, tokenizer, new = load_base(run, task)
+    config = adapter_config(run, new)
     return (model if config is None else get_peft_model(model, config)), tokenizer
 
 
@@ -176,7 +215,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     in_adapter = isinstance(model, PeftModel) and sum(n for name, n in trained.items() if "modules_to_save" not in name)
     return {"trainable_parameters": sum(trained.values()), "adapter_parameters": int(in_adapter)}
 
-# %% ../nbs/api/32_run.ipynb #1dc55c74
+# %% ../nbs/api/32_run.ipynb #29a387bb
 def run_task(run: Run) -> Task:
     "The task that a run names."
     return DEMO if run.task == DEMO.name else glue_task(run.task)
@@ -190,8 +229,16 @@ def load_data(
     raw = load_demo() if run.task == DEMO.name else load_glue(run.task, run.data_dir)
     if run.max_train_samples is not None and run.max_train_samples < len(raw["train"]):
         raw["train"] = raw["train"].shuffle(seed=run.seed).select(range(run.max_train_samples))
-    limit = min(run.max_length, tokenizer.model_max_length)
-    return tokenize(raw, run_task(run), tokenizer, limit)
+    data = tokenize(raw, run_task(run), tokenizer, min(run.max_length, tokenizer.model_max_length))
+    for name in validation_splits(data).values():
+        data[name] = by_length(data[name])
+    return data
+
+
+def by_length(rows: Dataset) -> Dataset:
+    "The same rows, short ones first: a batch is padded to its longest row."
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 
 def validation_splits(data: DatasetDict) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .compat import GradientCheckpointingLayer
 
-# %% ../nbs/api/11_stack.ipynb #7429b966
+# %% ../nbs/api/11_stack.ipynb #d730fc49
 def stacks(
     model: nn.Module,
 ) -> dict[str, nn.ModuleList]:  # dotted path -> layers, outermost stacks only
@@ -26,7 +26,7 @@ def stacks(
                 found[path] = module
     return found
 
-# %% ../nbs/api/11_stack.ipynb #5d61398d
+# %% ../nbs/api/11_stack.ipynb #9a587cb4
 def find_layers(
     model: nn.Module,
     path: str | None = None,  # dotted path of the layers; found if there is just one stack
@@ -64,7 +64,7 @@ def named_layers(model: nn.Module, path: str) -> nn.ModuleList:
         raise ValueError(f"layers={path!r} must name a list of layers; {there} is there. Lists in the model: {lists}")
     return layers
 
-# %% ../nbs/api/11_stack.ipynb #b643dd45
+# %% ../nbs/api/11_stack.ipynb #ad697888
 def stream_width(
     model: nn.Module,
     path: str,  # dotted path of the layers
@@ -90,7 +90,7 @@ def norm_width(layers: nn.Module) -> int:
             return weight.shape[0]
     raise ValueError("cannot tell the hidden size: give the model a `config` with `hidden_size`, as transformers' have")
 
-# %% ../nbs/api/11_stack.ipynb #c00d333a
+# %% ../nbs/api/11_stack.ipynb #a2623606
 Span = tuple[int, int]  # first and last layer, both included
 
 

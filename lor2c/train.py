@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'Progress', 'is_score', 'say', 'duration', 'check_device', 'training_arguments',
-           'last_complete_checkpoint', 'is_complete', 'versions', 'epochs_of', 'make_record', 'claim', 'Job', 'prepare',
-           'make_trainer', 'carry_out', 'announce', 'train']
+           'last_complete_checkpoint', 'is_complete', 'Job', 'versions', 'epochs_of', 'make_record', 'claim',
+           'check_free', 'check_report_to', 'prepare', 'make_trainer', 'carry_out', 'relocate', 'announce', 'train']
 
-# %% ../nbs/api/33_train.ipynb #077f0837
+# %% ../nbs/api/33_train.ipynb #f386ee01
 import dataclasses
 import json
+import os
 import platform
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from tqdm import tqdm
 from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
@@ -32,23 +35,25 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ExportableState
 
 import lor2c
 from .adapters import save_whole, write_json
-from .data import baseline, compute_metrics
+from .data import DEMO, baseline, compute_metrics
 from .run import Run, build_model, count_parameters, load_data, one_of, run_task, validation_splits
 
-# %% ../nbs/api/33_train.ipynb #ed5c1a0a
+# %% ../nbs/api/33_train.ipynb #ce01ffd0
 class Progress(TrainerCallback, ExportableState):
-    "Prints the expected time after ten steps and a line per epoch; adds up the seconds over resumed runs."
+    "A bar on a terminal, the expected time after ten steps, a line per evaluation; adds up the seconds over resumed runs."
 
-    def __init__(self, seconds: float = 0.0) -> None:
+    def __init__(self, seconds: float = 0.0, advise: bool = True) -> None:
+        self.advise = advise  # to shorten a long run on a CPU
         self.seconds, self.steps, self.in_steps, self.since = seconds, 0, 0.0, None
 
     def state(self) -> dict[str, Any]:
         self._count()
-        return {"args": {"seconds": self.seconds}, "attributes": {}}
+        return {"args": {"seconds": self.seconds, "advise": self.advise}, "attributes": {}}
 
     def _count(self) -> None:
         if self.since is not None:  # training has begun
@@ -57,21 +62,24 @@ class Progress(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
         self.since = time.perf_counter()
+        off = None if state.is_world_process_zero else True  # None: a bar on a terminal only
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False, disable=off)
 
     def on_step_begin(self, args, state, control, **_: Any) -> None:
         self.begun = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         self.steps += 1
+        self.bar.update()
         self.in_steps += (time.perf_counter() - self.begun) * (self.steps > 1)  # the first step also warms up
         if self.steps == 10 and state.global_step < state.max_steps:
             left = self.in_steps / 9 * (state.max_steps - state.global_step)
             say(state, f"about {duration(left)} of training left, validation apart{self._advice(args, left)}")
 
     def _advice(self, args: TrainingArguments, seconds: float) -> str:
-        if args.device.type != "cpu" or seconds < 1800:
+        if not self.advise or args.device.type != "cpu" or seconds < 1800:
             return ""
-        return "; for a first look on a CPU add --epochs 3 --max-train-samples 1000 --max-length 128"
+        return "; for a first look: --epochs 3 --max-train-samples 1000 --max-length 128, in another --output-dir"
 
     def on_log(self, args, state, control, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
@@ -90,6 +98,7 @@ class Progress(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **_: Any) -> None:
         self._count()
+        self.bar.close()
 
 
 def is_score(name: str) -> bool:
@@ -98,9 +107,10 @@ def is_score(name: str) -> bool:
 
 
 def say(state: transformers.TrainerState, text: str) -> None:
-    "Print a line, from the first process only."
+    "Print a line above the progress bar, from the first process only."
     if state.is_world_process_zero:
-        print(text, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
@@ -109,7 +119,7 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s" if minutes else f"{s} s"
 
-# %% ../nbs/api/33_train.ipynb #fda2dc5d
+# %% ../nbs/api/33_train.ipynb #5654b21f
 def check_device(run: Run) -> None:
     "ValueError where the device of a run is not there, or would not do its precision."
     one_of("device", run.device, ("auto", "cpu", "cuda", "mps"))
@@ -123,14 +133,17 @@ def check_device(run: Run) -> None:
 def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
     "A run in Trainer's words: evaluate and save each epoch, end with the best one."
     check_device(run)
+    # The run decides, not what `accelerate launch` or an earlier run has left in the environment.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if run.precision == "fp32" else run.precision
+    pin = torch.cuda.is_available() and run.device != "cpu"
     args = TrainingArguments(
         output_dir=str(folder), num_train_epochs=run.epochs, learning_rate=run.lr, weight_decay=run.weight_decay,
         per_device_train_batch_size=run.batch_size, per_device_eval_batch_size=max(64, run.batch_size),
         warmup_steps=run.warmup, seed=run.seed, bf16=run.precision == "bf16", fp16=run.precision == "fp16",
-        use_cpu=run.device == "cpu", report_to=run.report_to, disable_tqdm=True, dataloader_pin_memory=False,
+        use_cpu=run.device == "cpu", report_to=run.report_to, disable_tqdm=True, dataloader_pin_memory=pin,
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=True,
-        restore_callback_states_from_checkpoint=True,
+        restore_callback_states_from_checkpoint=True, train_sampling_strategy="group_by_length",
     )  # fmt: skip
     if args.n_gpu > 1:
         raise ValueError(
@@ -139,7 +152,7 @@ def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
         )
     return args
 
-# %% ../nbs/api/33_train.ipynb #6c3a7f5a
+# %% ../nbs/api/33_train.ipynb #0944bf6b
 def last_complete_checkpoint(
     folder: str | Path,  # a Trainer's output_dir
 ) -> Path | None:
@@ -150,7 +163,7 @@ def last_complete_checkpoint(
 
 
 def is_complete(checkpoint: Path) -> bool:
-    "Whether everything a Trainer needs for going on is there and can be opened."
+    "Whether all that a Trainer goes on from is there, and its state and weights can be read."
     weights = [*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")]
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -162,7 +175,22 @@ def is_complete(checkpoint: Path) -> bool:
     there = {p.name for p in checkpoint.iterdir()}
     return bool(weights) and {"optimizer.pt", "scheduler.pt"} <= there and any(n.startswith("rng_state") for n in there)
 
-# %% ../nbs/api/33_train.ipynb #3a685fe4
+# %% ../nbs/api/33_train.ipynb #015080fd
+@dataclass
+class Job:
+    "A run that is ready to start: everything that could be wrong with its input has been looked at."
+
+    run: Run
+    folder: Path
+    record: dict[str, Any] | None = None  # of a run that is finished already; then there is nothing else
+    model: nn.Module | None = None
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None
+    data: datasets.DatasetDict | None = None
+    args: TrainingArguments | None = None
+    best: str = ""  # metric that chooses the best epoch
+    baseline: dict[str, float] = field(default_factory=dict)  # the figure to beat
+
+# %% ../nbs/api/33_train.ipynb #16469b88
 def versions() -> dict[str, str]:
     "What a result may depend on besides its settings."
     libraries = dict(torch=torch, transformers=transformers, peft=peft, accelerate=accelerate, datasets=datasets)
@@ -180,8 +208,8 @@ def epochs_of(log_history: list[dict[str, float]], best: str) -> list[dict[str, 
         epoch |= {name.removeprefix("eval_"): value for name, value in entry.items() if is_score(name)}
     return [epoch for epoch in history.values() if best in epoch]
 
-# %% ../nbs/api/33_train.ipynb #16e8225b
-def make_record(job: "Job", trainer: Trainer) -> dict[str, Any]:
+# %% ../nbs/api/33_train.ipynb #cc43cfc5
+def make_record(job: Job, trainer: Trainer) -> dict[str, Any]:
     "The record of a finished run: settings, metrics of its best and last epoch, counts, seconds, history, versions."
     settings = dataclasses.asdict(job.run)
     history = epochs_of(trainer.state.log_history, job.best)
@@ -200,24 +228,28 @@ def make_record(job: "Job", trainer: Trainer) -> dict[str, Any]:
         **count_parameters(trainer.model),
         "seconds": round(progress.seconds, 1),
         "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "history": history,
         "versions": versions(),
     }
 
-# %% ../nbs/api/33_train.ipynb #2f1caf6e
-MAY_DIFFER = {"device", "report_to", "data_dir"}  # what a resumed run may change: not its result
+# %% ../nbs/api/33_train.ipynb #ff79a2df
+MAY_DIFFER = {"device", "report_to"}  # where a run computes and reports
 
 
 def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
-    "The record, if this run is finished in `folder`; ValueError where the folder is another run's. Writes nothing."
+    "The record, if this run is finished in `folder`; ValueError where the folder is not free for it. Writes nothing."
     started, finished = folder / "run.json", folder / "record.json"
     if not started.exists():
+        check_free(folder)
         return None
     if not resume:
         state = "a finished" if finished.exists() else "an unfinished"
         raise ValueError(f"{folder} holds {state} run: add --resume to go on with it, or name another --output-dir")
     asked, before = dataclasses.asdict(run), json.loads(started.read_text(encoding="utf-8"))
+    if not isinstance(before, dict):
+        raise ValueError(f"{started} is damaged: name another --output-dir")
     other = [
         f"{k} was {before.get(k)!r}, now {asked[k]!r}" for k in asked.keys() - MAY_DIFFER if before.get(k) != asked[k]
     ]
@@ -226,19 +258,20 @@ def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
     return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else None
 
 
-@dataclass
-class Job:
-    "A run that is ready to start: everything that could be wrong with its input has been looked at."
+def check_free(folder: Path) -> None:
+    "ValueError where a folder cannot be made, or holds files that a run would replace."
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file: name another --output-dir")
+    if taken := [name for name in ("adapter", "model", "checkpoints", "record.json") if (folder / name).exists()]:
+        raise ValueError(f"{folder} holds {', '.join(taken)}, but not of a run: name another --output-dir")
 
-    run: Run
-    folder: Path
-    record: dict[str, Any] | None = None  # of a run that is finished already; then there is nothing else
-    model: nn.Module | None = None
-    tokenizer: transformers.PreTrainedTokenizerBase | None = None
-    data: datasets.DatasetDict | None = None
-    args: TrainingArguments | None = None
-    best: str = ""  # metric that chooses the best epoch
-    baseline: dict[str, float] = field(default_factory=dict)  # the figure to beat
+
+def check_report_to(name: str) -> None:
+    "ValueError where a run would report to something that is not installed."
+    installed = ("none", "all", *get_available_reporting_integrations())
+    if name not in installed:
+        raise ValueError(f"cannot report to {name!r}: choose one of {', '.join(installed)}, or install it")
 
 
 def prepare(
@@ -251,6 +284,7 @@ def prepare(
     if record := claim(run, folder, resume):
         return Job(run, folder, record)
     check_device(run)
+    check_report_to(run.report_to)
     model, tokenizer = build_model(run, task)
     data = load_data(run, tokenizer)
     prefix, first = next(iter(validation_splits(data).items()))
@@ -271,7 +305,7 @@ def make_trainer(job: Job) -> Trainer:
         eval_dataset=validation.get("", validation),
         data_collator=DataCollatorWithPadding(job.tokenizer),
         compute_metrics=lambda out: compute_metrics(task, out.predictions, out.label_ids),
-        callbacks=[Progress()],
+        callbacks=[Progress(advise=job.run.task != DEMO.name)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -284,19 +318,30 @@ def carry_out(
     if job.record:
         return job.record
     run, folder, checkpoint = job.run, job.folder, last_complete_checkpoint(job.folder / "checkpoints")
-    trainer = make_trainer(job)
-    first = trainer.is_world_process_zero()
-    if first:
+    if job.args.process_index == 0:
         write_json(folder / "run.json", dataclasses.asdict(run))
         announce(job, checkpoint)
+        if checkpoint:
+            relocate(checkpoint)
+    trainer = make_trainer(job)
     set_seed(run.seed)  # what was prepared in between must not change a run
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if not Path(trainer.state.best_model_checkpoint).is_dir():
+        raise RuntimeError(f"the best epoch's checkpoint, {trainer.state.best_model_checkpoint}, is gone")
     record = make_record(job, trainer)
-    if first:
+    if trainer.is_world_process_zero():
         save_whole(trainer.model, folder / ("model" if run.method == "full" else "adapter"))
         write_json(folder / "record.json", record)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return record
+
+
+def relocate(checkpoint: Path) -> None:
+    "Trainer remembers its best checkpoint by path; a folder may have been moved since."
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    if step := state.get("best_global_step"):
+        state["best_model_checkpoint"] = str(checkpoint.with_name(f"checkpoint-{step}"))
+        write_json(checkpoint / "trainer_state.json", state)
 
 
 def announce(job: Job, checkpoint: Path | None) -> None:

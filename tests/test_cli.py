@@ -1,5 +1,6 @@
 """The command line in processes of its own: killed and resumed, damaged, out of reach."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,12 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from datasets import Value
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from lor2c.adapters import write_json
 from lor2c.cli import main
-from lor2c.data import demo_model, load_demo
-from lor2c.run import glue_run
-from lor2c.train import is_complete, last_complete_checkpoint, prepare
+from lor2c.data import GLUE, demo_model, load_demo
+from lor2c.run import build_model, glue_run, load_base
+from lor2c.train import carry_out, is_complete, last_complete_checkpoint, make_trainer, prepare
 
 RUN = "glue --task sst2 --model minilm --epochs 3 --batch-size 16 --max-length 32 --lr 0.002 --seed 3 --device cpu".split()
 
@@ -202,24 +208,123 @@ def test_usage_errors_exit_with_2(capsys):
     assert "--max-train-samples" in capsys.readouterr().out
 
 
-def test_every_method_and_regression(glue_data, tmp_path):
-    """Each method trains, saves and is read back; MNLI's two validation sets are both scored."""
-    demo = load_demo()
-    folder = tmp_path / "glue" / "mnli"
-    folder.mkdir(parents=True)
-    rows = demo["train"].select(range(48)).rename_column("text", "premise")
-    rows = rows.add_column("hypothesis", rows["premise"])
-    for split in ("train", "validation_matched", "validation_mismatched"):
-        rows.to_parquet(folder / f"{split}.parquet")
-    changes = dict(
-        epochs=1, batch_size=16, max_length=32, max_train_samples=32, device="cpu", data_dir=str(folder.parent)
+def test_a_taken_folder_is_left_alone(capsys, glue_data, tmp_path):
+    """What a run did not write is never replaced; a file is no folder."""
+    command = (*RUN, "--data-dir", glue_data, "--output-dir")
+    for name in ("adapter", "model", "checkpoints"):
+        (tmp_path / name / name).mkdir(parents=True)
+        assert f"holds {name}, but not of a run" in refused(capsys, *command, tmp_path / name)
+        assert [p.name for p in (tmp_path / name).rglob("*")] == [name]
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert "is a file" in refused(capsys, *command, place)
+    assert "cannot report to 'nonsense': choose one of none" in refused(
+        capsys, *command, tmp_path / "run", "--report-to", "nonsense"
     )
-    from lor2c.train import carry_out
 
-    for method in ("head", "full", "lora", "lor2c"):
-        job = prepare(glue_run("mnli", method, demo_model(), **changes), tmp_path / method)
+
+def test_damaged_base_is_one_line(capsys, glue_data, tmp_path):
+    shutil.copytree(demo_model(), tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    command = (*RUN, "--data-dir", glue_data, "--output-dir", tmp_path / "run", "--model", tmp_path / "base")
+    assert "is damaged or does not fit" in refused(capsys, *command)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(demo_model())
+
+
+def kept(folder: Path, model, tokenizer) -> str:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_heads_poolers_and_padding(tmp_path, tokenizer):
+    """A head of another size is replaced; what a checkpoint lacks is trained; a decoder is padded; positions limit rows."""
+    small = dict(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    three = transformers.BertForSequenceClassification(
+        transformers.BertConfig(**small, intermediate_size=32, num_labels=3)
+    )
+    model, _ = build_model(glue_run("rte", "lor2c", kept(tmp_path / "nli", three, tokenizer)), GLUE["rte"])
+    assert model.base_model.model.classifier.modules_to_save["default"].out_features == 2
+
+    deberta = transformers.DebertaV2Model(transformers.DebertaV2Config(**small, intermediate_size=32))
+    model, _ = build_model(glue_run("rte", "lora", kept(tmp_path / "deberta", deberta, tokenizer)), GLUE["rte"])
+    trained = {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
+    assert trained == {"classifier", "pooler"}
+
+    config = dict(small, intermediate_size=32, max_position_embeddings=70)
+    roberta = transformers.RobertaModel(transformers.RobertaConfig(**config))
+    _, found = build_model(glue_run("rte", "lor2c", kept(tmp_path / "roberta", roberta, tokenizer)), GLUE["rte"])
+    assert found.model_max_length == 68  # two positions of the table belong to the padding
+
+    file = str(Path(demo_model()) / "tokenizer.json")
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token="[SEP]", unk_token="[UNK]")
+    llama = transformers.LlamaModel(transformers.LlamaConfig(**small, intermediate_size=32))
+    model, found = build_model(glue_run("rte", "lor2c", kept(tmp_path / "llama", llama, bare)), GLUE["rte"])
+    assert found.pad_token == "[SEP]" and model.config.pad_token_id == found.pad_token_id
+
+
+def test_a_moved_run_resumes_with_its_best_epoch(glue_data, tmp_path):
+    """Trainer remembers its best checkpoint by path: interrupted after the last epoch, moved, and resumed."""
+    run = glue_run(
+        "sst2", "lor2c", "minilm", epochs=3, batch_size=16, max_length=32, lr=3e-2, seed=3, device="cpu",
+        data_dir=str(glue_data), max_train_samples=32,
+    )  # fmt: skip
+    job = prepare(run, tmp_path / "before")
+    scores = iter([{"accuracy": 0.9}, {"accuracy": 0.5}, {"accuracy": 0.6}])
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_, **__):
+        raise Interrupted
+
+    trainer = make_trainer(job)
+    trainer.compute_metrics = lambda _: next(scores)  # so that the first epoch is the best, whatever was learned
+    trainer._load_best_model = interrupt
+    write_json(job.folder / "run.json", dataclasses.asdict(run))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    first = load_file(tmp_path / "before" / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    record = carry_out(prepare(run, tmp_path / "after", resume=True))
+    _, tensors = result(tmp_path / "after")
+    assert record["metrics"]["best"]["epoch"] == 1.0
+    assert all(torch.equal(tensors[k], first[k]) for k in first)
+
+
+def test_every_method_is_read_back(glue_data, tmp_path, tokenizer):
+    """Each method trains, saves, and gives the same logits from disk; MNLI has two validation sets, STS-B a score."""
+    demo = load_demo()["train"].select(range(48)).rename_column("text", "sentence1")
+    rows = demo.add_column("sentence2", demo["sentence1"])
+    for task, splits in (
+        ("mnli", ("train", "validation_matched", "validation_mismatched")),
+        ("stsb", ("train", "validation")),
+    ):
+        folder = tmp_path / "glue" / task
+        folder.mkdir(parents=True)
+        names = {"sentence1": "premise", "sentence2": "hypothesis"} if task == "mnli" else {}
+        for split in splits:
+            kind = Value("int64" if task == "mnli" else "float64")
+            rows.rename_columns(names).cast_column("label", kind).to_parquet(folder / f"{split}.parquet")
+    changes = dict(
+        epochs=1, batch_size=16, max_length=32, max_train_samples=32, device="cpu", data_dir=str(tmp_path / "glue")
+    )
+    batch = tokenizer(["a fine film", "a bad one"], padding=True, return_tensors="pt")
+    for method, task in (("head", "mnli"), ("full", "stsb"), ("lora", "mnli"), ("lor2c", "stsb")):
+        job = prepare(glue_run(task, method, "minilm", **changes), tmp_path / method)
         record = carry_out(job)
-        assert record["metrics"]["chosen_by"] == "matched_accuracy"
-        assert {"matched_accuracy", "mismatched_accuracy"} <= record["metrics"]["best"].keys()
-        kept = {"full": "model"}.get(method, "adapter")
-        assert (tmp_path / method / kept).is_dir() and record["trainable_parameters"] > 0
+        first = {"mnli": "matched_accuracy", "stsb": "pearson"}[task]
+        assert record["metrics"]["chosen_by"] == first and first in record["metrics"]["best"]
+        assert ("mismatched_accuracy" in record["metrics"]["best"]) == (task == "mnli") and record["processes"] == 1
+        if method == "full":
+            again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / method / "model")
+        else:
+            base, *_ = load_base(job.run, GLUE[task])
+            again = PeftModel.from_pretrained(base, tmp_path / method / "adapter")
+        assert torch.equal(again.eval()(**batch).logits, job.model.eval()(**batch).logits)

@@ -1,9 +1,17 @@
 """The tuner against the equation written out, and what reads badly in a notebook: threads, damage, wrong bases."""
 
+import copy
+import importlib.util
+import json
+import pickle
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_contract import adapted, gradients
@@ -275,9 +283,6 @@ def test_card_is_written_once_and_for_named_adapters(tmp_path):
 
 def test_peft_without_lor2c_says_no(tmp_path):
     """What a reader sees who forgot the import: the reason why the card begins with it."""
-    import subprocess
-    import sys
-
     saved(tmp_path)
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path / 'adapter')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -318,3 +323,83 @@ def test_layer_status_of_peft():
     assert len(model.get_layer_status()) == len(LONGER)
     status = model.get_model_status()
     assert status.enabled and status.num_adapter_layers == len(LONGER) and status.trainable_params > 0
+
+
+def test_less_is_kept_for_backward_than_with_lora():
+    """The benchmark's other figure is not a time, so it can be asserted: activations that autograd keeps."""
+    spec = importlib.util.spec_from_file_location("step", Path(__file__).parent.parent / "benchmarks" / "step.py")
+    step = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(step)
+    result = step.measure(rounds=1, batch=2, length=16)
+    assert result["lor2c"]["bytes"] < 0.9 * result["lora"]["bytes"]
+
+
+def named(model, name, spans):
+    model.add_adapter(name, lor2c.LoR2CConfig(r=2, dropout=0.0, spans=spans))
+
+
+def test_layers_agree_after_the_active_adapter_is_deleted():
+    """PEFT lets each layer choose the next adapter for itself; a model must run one of them, and train that one."""
+    model = adapted("Llama", task_type=None, spans=[[0, 0], [3, 3]])
+    named(model, "b", [[0, 0], [1, 1]])
+    named(model, "c", [[0, 0], [3, 3]])
+    model.delete_adapter("default")
+    active = model.active_adapters
+    found = [m for m in model.modules() if isinstance(m, lor2c.LoR2CLayer)]
+    assert len(active) == 1 and all(m.active_adapters == active for m in found)
+    assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} == set(active)
+
+
+def test_an_adapter_added_while_switched_off_is_off():
+    b, model = batch("Llama"), adapted("Llama", spans=[[0, 0]])
+    base = build("Llama")(**b).logits
+    with model.disable_adapter():
+        named(model, "other", [[2, 2]])
+        model.set_adapter("other")
+        layer = model.base_model.model.model.layers[2].lor2c
+        torch.nn.init.normal_(layer.lor2c_B["other"])
+        assert torch.equal(model(**b).logits, base)
+    assert not torch.equal(model(**b).logits, base)
+
+
+def test_models_that_skip_layers_are_refused_for_longer_spans():
+    """With layerdrop the start of a span may not run, or an old input may be waiting."""
+    tiny = dict(hidden_size=16, ffn_dim=32, num_hidden_layers=4, num_attention_heads=2, word_embed_proj_dim=16)
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=64, layerdrop=0.5, **tiny))
+    with pytest.raises(ValueError, match=r"layerdrop 0.5.*layerdrop=0, or use spans of one layer"):
+        get_peft_model(opt, lor2c.LoR2CConfig(spans=[[0, 2]]))
+    model = get_peft_model(opt, lor2c.LoR2CConfig())
+    with pytest.raises(ValueError, match="layerdrop"):
+        model.base_model.set_spans([(0, 2)])
+
+
+def test_a_forward_that_failed_half_way_leaves_a_model_that_copies():
+    """The input that was kept for a span does not travel, and the next forward is right."""
+    b, model = batch("BERT"), adapted("BERT")
+    want = model(**b).logits
+    layer = model.base_model.model.bert.encoder.layer[2]
+    handle = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**b)
+    handle.remove()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert torch.equal(twin(**b).logits, want)
+
+
+def test_plain_load_state_dict_refuses_another_structure():
+    """Loaders that go past PEFT must not put the tensors of [1..3] into a residual of [3..3] without a word."""
+    state = adapted("BERT").state_dict()
+    with pytest.raises(RuntimeError, match=r"saved with \[start, end, depth\] \[1, 3, 4\]; call set_spans"):
+        adapted("BERT", spans=[[0, 0], [3, 3]]).load_state_dict(state)
+    adapted("BERT").load_state_dict(state)
+
+
+@pytest.mark.parametrize("spans", [LONGER, None], ids=["as saved", "from the tensors"])
+def test_low_memory_loading(tmp_path, spans):
+    """low_cpu_mem_usage starts on the meta device; nothing may stay there, whoever decides the structure."""
+    model, _ = saved(tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "spans": spans}))
+    loaded = PeftModel.from_pretrained(build("BERT"), tmp_path / "adapter", low_cpu_mem_usage=True).eval()
+    assert not any(p.is_meta for p in loaded.parameters())
+    assert torch.equal(loaded(**batch("BERT")).logits, model(**batch("BERT")).logits)
