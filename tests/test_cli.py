@@ -17,6 +17,7 @@ import transformers
 from datasets import Value
 from peft import PeftModel
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from lor2c.adapters import write_json
@@ -262,11 +263,11 @@ def test_heads_poolers_and_padding(tmp_path, tokenizer):
     _, found = build_model(glue_run("rte", "lor2c", kept(tmp_path / "roberta", roberta, tokenizer)), GLUE["rte"])
     assert found.model_max_length == 68  # two positions of the table belong to the padding
 
-    file = str(Path(demo_model()) / "tokenizer.json")
-    bare = transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token="[SEP]", unk_token="[UNK]")
-    llama = transformers.LlamaModel(transformers.LlamaConfig(**small, intermediate_size=32))
-    model, found = build_model(glue_run("rte", "lor2c", kept(tmp_path / "llama", llama, bare)), GLUE["rte"])
-    assert found.pad_token == "[SEP]" and model.config.pad_token_id == found.pad_token_id
+    words = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "film": 2}, unk_token="<unk>"))
+    bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    gpt2 = transformers.GPT2Model(transformers.GPT2Config(vocab_size=3, n_embd=16, n_layer=2, n_head=2))
+    model, found = build_model(glue_run("rte", "lor2c", kept(tmp_path / "gpt2", gpt2, bare)), GLUE["rte"])
+    assert found.pad_token == "</s>" and model.config.pad_token_id == 0
 
 
 def test_a_moved_run_resumes_with_its_best_epoch(glue_data, tmp_path):
