@@ -28,7 +28,7 @@ from .plots import plot_runs
 from .run import METHODS, RECIPES, demo_run, glue_run
 from .train import Job, carry_out, prepare
 
-# %% ../nbs/api/40_cli.ipynb #0404bb84
+# %% ../nbs/api/40_cli.ipynb #1f09f0fb
 def make_parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     parser = argparse.ArgumentParser(
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
+    "The flags of `lor2c demo`."
     parser.description = (
         "Fine-tune a small encoder (all-MiniLM-L6-v2) on movie-review snippets with several methods; prints a table, "
         "saves a picture, and loads an adapter back."
@@ -58,6 +59,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def add_glue(parser: argparse.ArgumentParser) -> None:
+    "The flags of `lor2c glue`."
     parser.description = (
         "Fine-tune on a GLUE task and keep the best epoch. Defaults are the LoR2C authors' settings for roberta-base, "
         f"such as {RECIPES['rte'][0]} epochs on rte."
@@ -92,6 +94,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
+    "The arguments of `lor2c inspect`."
     parser.description = "Print which layers each residual spans, ranks, spectra, parameter counts and the base."
     parser.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="a folder with adapter_config.json")
     parser.set_defaults(run=run_inspect)

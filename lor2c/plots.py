@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['COLOURS', 'plot_runs', 'draw_run']
 
-# %% ../nbs/api/34_plots.ipynb #74b4fee2
+# %% ../nbs/api/34_plots.ipynb #f99ab201
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-# %% ../nbs/api/34_plots.ipynb #d7026101
+# %% ../nbs/api/34_plots.ipynb #871146c6
 def plot_runs(
     records: Sequence[dict[str, Any]],  # of runs on one task
 ) -> Figure:
@@ -31,6 +32,8 @@ def plot_runs(
         axes.axhline(records[0]["metrics"]["baseline"][metric.rpartition("_")[2]], color="grey", ls="--", lw=1)
     by_epoch.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=f"{task}: score by epoch")
     by_epoch.legend(fontsize=8)
+    by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
+    by_size.margins(x=0.25, y=0.1)  # room for the labels
     by_size.set(xscale="log", xlabel="trainable parameters", title=f"{task}: best epoch against size")
     return figure
 
