@@ -75,7 +75,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
 
-# %% ../nbs/api/32_run.ipynb #90cfb7cf
+# %% ../nbs/api/32_run.ipynb #a16a7f5d
 RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "mnli": (30, 128, 256, 5e-4),
     "mrpc": (30, 64, 256, 4e-4),
@@ -87,7 +87,7 @@ RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "stsb": (40, 32, 256, 4e-4),
     "cola": (30, 16, 256, 4e-4),
 }
-OWN_LR = {"full": 2e-5, "head": 1e-2}  # chosen on the encoder of the demo; see the tutorial on GLUE
+OWN_LR = {"full": 2e-5, "head": 1e-2}  # full: the usual; head: the best of three on MRPC, see the tutorial on GLUE
 DEMO_LR = {"full": 5e-5, "head": 1e-1, "lora": 2e-3, "lor2c": 2e-3}
 
 
