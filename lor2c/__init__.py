@@ -3,7 +3,8 @@
 __version__ = "0.1.0"
 
 from lor2c.config import LoR2CConfig
-from lor2c.residual import LoR2CLayer, LoR2CModel
+from lor2c.residual import LoR2CLayer
+from lor2c.tuner import LoR2CModel
 
 __all__ = ["LoR2CConfig", "LoR2CLayer", "LoR2CModel", "demo_model"]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_json', 'save_whole', 'read_adapter', 'describe', 'is_part', 'describe_residuals']
 
-# %% ../nbs/api/31_adapters.ipynb #4f826899
+# %% ../nbs/api/31_adapters.ipynb #0eb16ae8
 import json
 import os
 import shutil
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .lowrank import numerical_rank, singular_values
-from .residual import tensors_by_layer
+from .tuner import tensors_by_layer
 
 # %% ../nbs/api/31_adapters.ipynb #4e41d417
 def write_json(

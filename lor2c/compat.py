@@ -23,7 +23,7 @@ def unsupported(what: str) -> ImportError:
         "Try: pip install -U 'transformers>=5.23' 'peft>=0.21'"
     )
 
-# %% ../nbs/api/10_compat.ipynb #1209698b
+# %% ../nbs/api/10_compat.ipynb #faab851b
 try:  # some of these are for other modules to import from here
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -31,8 +31,10 @@ try:  # some of these are for other modules to import from here
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
     from peft.tuners._buffer_dict import BufferDict  # noqa: F401
+    from peft.tuners.lora import LoraLayer, LoraModel  # noqa: F401
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: F401
     from peft.utils.constants import DUMMY_TARGET_MODULES  # noqa: F401
+    from peft.utils.other import get_quantization_config  # noqa: F401
     from peft.utils.peft_types import PeftType, register_peft_method
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError as error:

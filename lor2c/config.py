@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_NAMES', 'CARD', 'refuse_other_names', 'LoR2CConfig', 'write_card']
 
-# %% ../nbs/api/12_config.ipynb #7a217b6c
+# %% ../nbs/api/12_config.ipynb #67b7bb6c
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from peft import PeftConfig
 
 from .compat import add_peft_type
+from .layout import Injection, Layout, as_span, check_spans
 from .lowrank import check_rank
-from .stack import as_span, check_spans
 
 # %% ../nbs/api/12_config.ipynb #f8fccb40
 OTHER_NAMES = {
@@ -42,7 +42,7 @@ def refuse_other_names(cls: type) -> type:
     cls.__init__ = checked_init
     return cls
 
-# %% ../nbs/api/12_config.ipynb #daac6da3
+# %% ../nbs/api/12_config.ipynb #e9c3bbb3
 @refuse_other_names
 @dataclass
 class LoR2CConfig(PeftConfig):
@@ -62,7 +62,13 @@ class LoR2CConfig(PeftConfig):
     layers: str | None = field(
         default=None, metadata={"help": "dotted path of the list of layers; None: the model's only stack"}
     )
-    share: bool = field(default=False, metadata={"help": "one A for all residuals (ShareLoR2C); not in this version"})
+    share: bool = field(default=False, metadata={"help": "one A for all residuals (ShareLoR2C)"})
+    injected: dict[int, list[float]] | None = field(
+        default=None, metadata={"help": "layer -> [r, alpha] of the LoRA on its q and v, where it has no residual"}
+    )
+    inject_targets: list[str] | None = field(
+        default=None, metadata={"help": "names of q and v inside a layer; None: found by their usual names"}
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "modules trained and saved in full, such as a new head"}
     )
@@ -76,11 +82,24 @@ class LoR2CConfig(PeftConfig):
             raise ValueError(f"alpha must be above 0, found {self.alpha!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, found {self.dropout!r}")
-        if self.share:
-            raise ValueError("share=True (ShareLoR2C) is not in this version; use share=False")
+        if self.injected is not None:  # JSON makes strings of the layers
+            self.injected = {int(layer): [int(r), alpha] for layer, (r, alpha) in self.injected.items()} or None
         if self.spans is not None:
             pairs = [as_span(span) for span in self.spans]
-            self.spans = [list(span) for span in check_spans(pairs, max([0, *(end for _, end in pairs)]) + 1)]
+            self.layout(max([0, *(self.injected or {}), *(end for _, end in pairs)]) + 1)
+            self.spans = [list(span) for span in sorted(pairs)]
+
+    def layout(self, depth: int) -> Layout:
+        "The structure that this configuration asks for on a stack of `depth` layers; ValueError where it does not fit."
+        injected = [Injection(layer, check_rank(r), alpha) for layer, (r, alpha) in (self.injected or {}).items()]
+        taken = {one.layer for one in injected}
+        spans = [span for span in check_spans(self.spans, depth) if self.spans is not None or span[0] not in taken]
+        return Layout(depth, tuple(spans), tuple(injected))
+
+    def take_layout(self, layout: Layout) -> None:
+        "Describe this structure from now on."
+        self.spans = [list(span) for span in layout.spans]
+        self.injected = {one.layer: [one.r, one.alpha] for one in layout.injected} or None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         "As in PEFT; also puts `import lor2c` at the head of the model card, since PEFT cannot load without it."
