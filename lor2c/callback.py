@@ -22,7 +22,18 @@ from .layout import Layout, choose_injection, choose_merge, layers_needed
 from .schedule import SCHEDULES, Due, check_limit, plan, remarks
 from .sfs import SCORES, check_k, mean_singular_value, score, top_share
 from .stack import find_layers
-from .surgery import KEEP, Change, full, inject_lora, inner_optimizer, merge_modules, pairs_of, size, spectra, tuner_of
+from lor2c.surgery import (
+    KEEP,
+    Change,
+    full,
+    inject_lora,
+    inner_optimizer,
+    merge_modules,
+    pairs_of,
+    size,
+    spectra,
+    tuner_of,
+)
 
 # %% ../nbs/api/21_callback.ipynb #bad42132
 RULES = ("paper", "reference")
@@ -107,7 +118,7 @@ def agreed(value: Any) -> Any:
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/api/21_callback.ipynb #bbf56192
+# %% ../nbs/api/21_callback.ipynb #16e8bb81
 class IMCallback(TrainerCallback, ExportableState):
     """Merges and injects while any Trainer trains; its arguments are the fields of `Settings`.
 
@@ -126,6 +137,26 @@ class IMCallback(TrainerCallback, ExportableState):
 
     # A loop of one's own
 
+    def check(self, model: nn.Module, optimizer: Any = None) -> None:
+        "ValueError or TypeError where this model's structure could not be changed as asked; a warning for limits too high."
+        tuner, settings = tuner_of(model), self.settings
+        if optimizer is not None:
+            inner_optimizer(optimizer)
+        config = tuner.peft_config[tuner.active_adapters[0]]
+        _, layers = find_layers(tuner.model, config.layers)
+        if settings.score == "sfs" and settings.rules == "paper" or settings.sfs_k:
+            check_k(settings.sfs_k, config.r)
+        if settings.max_injections:
+            for layer in layers:
+                find_qv(layer, tuner.model.config, config.inject_targets)
+        need = layers_needed(settings.max_merges, settings.max_injections)
+        if need > len(layers):
+            warnings.warn(
+                f"{settings.max_merges} merges and {settings.max_injections} injections need at least {need} layers, the "
+                f"model has {len(layers)}: they are upper limits, and some decisions will find no legal move",
+                stacklevel=3,
+            )
+
     def begin(
         self,
         model: nn.Module,  # PEFT model with LoR2C
@@ -135,7 +166,7 @@ class IMCallback(TrainerCallback, ExportableState):
         step: int = 0,  # where training goes on
     ) -> None:
         "Plan the decisions, and refuse now what would fail later."
-        self._check(model, optimizer)
+        self.check(model, optimizer)
         if steps_per_epoch is None and self.settings.schedule == "epoch":
             raise ValueError("schedule='epoch' needs the length of an epoch, which this data has not: use 'fractional'")
         limits = self.settings.max_merges, self.settings.max_injections
@@ -177,7 +208,9 @@ class IMCallback(TrainerCallback, ExportableState):
         elif not state.global_step:
             self.history = []
         if args.n_gpu > 1:
-            raise TypeError("the structure cannot change under nn.DataParallel: start one process per GPU with torchrun")
+            raise TypeError(
+                "the structure cannot change under nn.DataParallel: start one process per GPU with torchrun"
+            )
         try:
             per_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
         except TypeError:  # no length
@@ -196,29 +229,12 @@ class IMCallback(TrainerCallback, ExportableState):
 
     # Inside
 
-    def _check(self, model: nn.Module, optimizer: Any) -> None:
-        tuner, settings = tuner_of(model), self.settings
-        if optimizer is not None:
-            inner_optimizer(optimizer)
-        config = tuner.peft_config[tuner.active_adapters[0]]
-        _, layers = find_layers(tuner.model, config.layers)
-        if settings.score == "sfs" and settings.rules == "paper" or settings.sfs_k:
-            check_k(settings.sfs_k, config.r)
-        if settings.max_injections:
-            for layer in layers:
-                find_qv(layer, tuner.model.config, config.inject_targets)
-        need = layers_needed(settings.max_merges, settings.max_injections)
-        if need > len(layers):
-            warnings.warn(
-                f"{settings.max_merges} merges and {settings.max_injections} injections need at least {need} layers, the "
-                f"model has {len(layers)}: they are upper limits, and some decisions will find no legal move",
-                stacklevel=3,
-            )
-
     def _go_on_from(self, saved: dict[str, Any]) -> None:
         asked = self.state()["args"]
         if other := [f"{k} was {v!r}, now {asked[k]!r}" for k, v in saved["args"].items() if asked.get(k) != v]:
-            raise ValueError(f"training cannot be resumed with other settings of {type(self).__name__}: {'; '.join(other)}")
+            raise ValueError(
+                f"training cannot be resumed with other settings of {type(self).__name__}: {'; '.join(other)}"
+            )
         self.history = saved["attributes"]["history"]
 
     def _refuse_missed(self, why: str) -> None:
@@ -253,10 +269,12 @@ class IMCallback(TrainerCallback, ExportableState):
         arguments = agreed(choose(self.settings, due.move, layout, scores))
         if arguments is None:
             return {"kind": due.move, "what": "no legal move"}
-        change: Change = {"merge": merge_modules, "inject": inject_lora}[due.move](model, **arguments, optimizer=optimizer)
+        change: Change = {"merge": merge_modules, "inject": inject_lora}[due.move](
+            model, **arguments, optimizer=optimizer
+        )
         return {"kind": due.move, "what": "done", "layers": list(change.layers), "kept": change.kept}
 
-# %% ../nbs/api/21_callback.ipynb #f874e038
+# %% ../nbs/api/21_callback.ipynb #e36cee1e
 def gradient_norms(model: nn.Module, name: str) -> dict[int, float]:  # start layer -> Frobenius norm over A and B
     "The size of each residual's gradient; of B alone where A is shared by all."
     found = {}
@@ -269,6 +287,8 @@ def gradient_norms(model: nn.Module, name: str) -> dict[int, float]:  # start la
 def untrained_by_reference(model: nn.Module, name: str) -> list[nn.Parameter]:
     "The parameters that the reference code never trains: those of merged residuals and of injected LoRA."
     found = [p for (start, end), pair in pairs_of(model, name).items() if start < end for p in pair]
+    if model.peft_config[name].share:
+        found = found[1::2]  # the A of all is trained
     for _, lora in injected(model):
         found += [p for key, p in lora.named_parameters() if f"lora_A.{name}" in key or f"lora_B.{name}" in key]
     return found

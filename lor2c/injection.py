@@ -24,7 +24,13 @@ from .layout import Injection
 # %% ../nbs/api/14_injection.ipynb #350280ec
 QUERIES = ("query", "q_proj", "q_lin", "query_proj", "q")
 VALUES = ("value", "v_proj", "v_lin", "value_proj", "v")
-FUSED = {"gpt2": "c_attn", "phi3": "qkv_proj", "modernbert": "Wqkv", "gpt_neox": "query_key_value", "bloom": "query_key_value"}
+FUSED = {
+    "gpt2": "c_attn",
+    "phi3": "qkv_proj",
+    "modernbert": "Wqkv",
+    "gpt_neox": "query_key_value",
+    "bloom": "query_key_value",
+}
 BY_HEAD = ("gpt_neox", "bloom")  # rows ordered head by head, q k v inside of each; elsewhere q, k, v one after another
 
 Rows = tuple[Tensor, Tensor]  # of a fused projection's output: those that are q, those that are v
@@ -47,7 +53,11 @@ def find_qv(
         raise ValueError(f"inject_targets={list(targets)} are not in the layer. {linear_modules(last)}")
     for q, name in last.items():
         for v, other in last.items():
-            if name in QUERIES and other == VALUES[QUERIES.index(name)] and v.rpartition(".")[0] == q.rpartition(".")[0]:
+            if (
+                name in QUERIES
+                and other == VALUES[QUERIES.index(name)]
+                and v.rpartition(".")[0] == q.rpartition(".")[0]
+            ):
                 return {q: None, v: None}
     kind = getattr(config, "model_type", None)
     for path, name in last.items():

@@ -71,7 +71,9 @@ class Layout:
         covered = {layer for start, end in self.spans for layer in range(start, end + 1)}
         for layer, r, _ in self.injected:
             if not 0 <= layer < self.depth:
-                raise ValueError(f"injected layer {layer} is not in a model of {self.depth} layers (0..{self.depth - 1})")
+                raise ValueError(
+                    f"injected layer {layer} is not in a model of {self.depth} layers (0..{self.depth - 1})"
+                )
             if r < 1:
                 raise ValueError(f"the rank of the LoRA injected into layer {layer} must be at least 1, found {r}")
             if layer in covered:

@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'EPSILON', 'interval', 'Due', 'plan', 'check_limit', 're
 import math
 from dataclasses import dataclass
 
-# %% ../nbs/api/03_schedule.ipynb #e86a43e7
+# %% ../nbs/api/03_schedule.ipynb #8c53b97b
 SCHEDULES = ("epoch", "fractional")
 EPSILON = 1e-9  # of Eq. 11 and 12: an exact multiple of 4 M falls to the smaller interval
 
@@ -19,7 +19,7 @@ def interval(
     moves: int,  # M_max or I_max
     how: str = "epoch",  # or "fractional", the form used for Alpaca
 ) -> float:  # in epochs
-    """Epochs between two moves of a kind: floor(E / (4 M + eps)) + 1, or E / (4 M) without rounding.
+    """Epochs between two moves of a kind: floor(E / (4 M + eps)) + 1, or E / (4 M + eps) without rounding.
 
     Raises ValueError for an unknown form. Source: LoR2C Eq. 11, 12; section IV-C for the second.
     """
@@ -28,7 +28,7 @@ def interval(
     quarter = epochs / (4 * moves + EPSILON)
     return math.floor(quarter) + 1 if how == "epoch" else quarter
 
-# %% ../nbs/api/03_schedule.ipynb #bd0614f2
+# %% ../nbs/api/03_schedule.ipynb #3880d80b
 @dataclass(frozen=True)
 class Due:
     "A decision that is due: at the end of `step` (counted from 1) of the run."
@@ -67,7 +67,7 @@ def check_limit(move: str, limit: int) -> None:
         name = {"merge": "max_merges", "inject": "max_injections"}[move]
         raise ValueError(f"{name} must be a whole number of at least 0, found {limit!r}")
 
-
+# %% ../nbs/api/03_schedule.ipynb #34d2e78b
 def remarks(
     decisions: list[Due],
     max_merges: int,
@@ -84,5 +84,6 @@ def remarks(
                 "Train longer, or use schedule='fractional'"
             )
         if late := [due for due in fit if due.step > steps / 2]:
-            found.append(f"the {move} due at epoch {late[0].epoch:g} falls into the second half of training")
+            epochs = ", ".join(f"{due.epoch:g}" for due in late)
+            found.append(f"{move} decisions fall into the second half of training, at epoch {epochs}")
     return found

@@ -9,7 +9,7 @@ __all__ = ['SCORES', 'sfs', 'check_k', 'top_share', 'mean_singular_value', 'scor
 import torch
 from torch import Tensor
 
-# %% ../nbs/api/01_sfs.ipynb #ee250676
+# %% ../nbs/api/01_sfs.ipynb #9860d605
 def sfs(
     values: Tensor,  # singular values in descending order, (..., r)
     k: int | None = None,  # how many count as the top; r // 2 if None
@@ -21,7 +21,7 @@ def sfs(
     k = check_k(k, values.shape[-1])
     total = values.sum(-1)
     tail = values[..., k:].sum(-1)  # not 1 - share: a small tail would drown in rounding
-    return torch.where(total > 0, tail / total.where(total > 0, torch.ones_like(total)), torch.zeros_like(total))
+    return torch.where(total == 0, 0, tail / total)
 
 
 def check_k(k: int | None, r: int) -> int:
@@ -33,10 +33,10 @@ def check_k(k: int | None, r: int) -> int:
         raise ValueError(f"k of SFS must be a whole number from 1 to r - 1 = {r - 1}, found {k!r}")
     return chosen
 
-# %% ../nbs/api/01_sfs.ipynb #3dac0484
+# %% ../nbs/api/01_sfs.ipynb #af021d7b
 def top_share(values: Tensor, k: int) -> Tensor:
     "The share of the k largest, which the reference code takes for SFS: 1 - sfs; 0 for a zero matrix."
-    return torch.where(values.sum(-1) > 0, 1 - sfs(values, k), 0)
+    return torch.where(values.sum(-1) == 0, 0, 1 - sfs(values, k))
 
 
 def mean_singular_value(
