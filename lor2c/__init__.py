@@ -2,11 +2,23 @@
 
 __version__ = "0.1.0"
 
+from lor2c.adapters import last_complete_checkpoint
+from lor2c.callback import IMCallback
 from lor2c.config import LoR2CConfig
 from lor2c.residual import LoR2CLayer
+from lor2c.surgery import inject_lora, merge_modules
 from lor2c.tuner import LoR2CModel
 
-__all__ = ["LoR2CConfig", "LoR2CLayer", "LoR2CModel", "demo_model"]
+__all__ = [
+    "IMCallback",
+    "LoR2CConfig",
+    "LoR2CLayer",
+    "LoR2CModel",
+    "demo_model",
+    "inject_lora",
+    "last_complete_checkpoint",
+    "merge_modules",
+]
 
 
 def demo_model() -> str:

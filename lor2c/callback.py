@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'Settings', 'scores_by', 'choose', 'agreed', 'IMCallback', 'gradient_norms', 'untrained_by_reference']
 
-# %% ../nbs/api/21_callback.ipynb #c78d9408
+# %% ../nbs/api/21_callback.ipynb #6f410118
 import dataclasses
 import math
 import warnings
@@ -25,6 +25,7 @@ from .stack import find_layers
 from lor2c.surgery import (
     KEEP,
     Change,
+    check_sharding,
     full,
     inject_lora,
     inner_optimizer,
@@ -118,7 +119,7 @@ def agreed(value: Any) -> Any:
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/api/21_callback.ipynb #16e8bb81
+# %% ../nbs/api/21_callback.ipynb #84d6288c
 class IMCallback(TrainerCallback, ExportableState):
     """Merges and injects while any Trainer trains; its arguments are the fields of `Settings`.
 
@@ -143,6 +144,7 @@ class IMCallback(TrainerCallback, ExportableState):
         if optimizer is not None:
             inner_optimizer(optimizer)
         config = tuner.peft_config[tuner.active_adapters[0]]
+        check_sharding(tuner, tuner.active_adapters[0])
         _, layers = find_layers(tuner.model, config.layers)
         if settings.score == "sfs" and settings.rules == "paper" or settings.sfs_k:
             check_k(settings.sfs_k, config.r)

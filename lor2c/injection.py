@@ -7,8 +7,8 @@ __all__ = ['QUERIES', 'VALUES', 'FUSED', 'BY_HEAD', 'Rows', 'find_qv', 'linear_m
            'fused_rows', 'FusedUp', 'add_lora', 'with_lora', 'quantisation', 'mark', 'read_mark', 'injected',
            'remove_lora']
 
-# %% ../nbs/api/14_injection.ipynb #7aa5d3c3
-import re
+# %% ../nbs/api/14_injection.ipynb #cf922367
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .compat import BufferDict, LoraLayer, LoraModel, get_quantization_config
 from .layout import Injection
 
-# %% ../nbs/api/14_injection.ipynb #350280ec
+# %% ../nbs/api/14_injection.ipynb #2a1829a4
 QUERIES = ("query", "q_proj", "q_lin", "query_proj", "q")
 VALUES = ("value", "v_proj", "v_lin", "value_proj", "v")
 FUSED = {
@@ -43,21 +43,19 @@ def find_qv(
 ) -> dict[str, Rows | None]:  # path inside the layer -> None, or which rows of a fused projection
     """The query and value projections of a layer; of its self-attention where there is cross-attention too.
 
-    Raises ValueError where there are none, naming the linear modules that are there.
+    `targets` are taken as they are: a fused projection named there gets LoRA on all of its rows. Raises ValueError where
+    nothing is found, naming the linear modules that are there. Source: LoR2C section III-D.
     """
-    paths = [path for path, module in layer.named_modules() if is_linear(module) and ".lora_" not in path]
-    last = {path.removesuffix(".base_layer"): path.removesuffix(".base_layer").rpartition(".")[2] for path in paths}
+    linear = [path.removesuffix(".base_layer") for path, module in layer.named_modules() if is_linear(module)]
+    last = {path: path.rpartition(".")[2] for path in linear if ".lora_" not in path}
     if targets is not None:
         if found := [path for path, name in last.items() if name in targets or path in targets]:
             return dict.fromkeys(found)
         raise ValueError(f"inject_targets={list(targets)} are not in the layer. {linear_modules(last)}")
-    for q, name in last.items():
-        for v, other in last.items():
-            if (
-                name in QUERIES
-                and other == VALUES[QUERIES.index(name)]
-                and v.rpartition(".")[0] == q.rpartition(".")[0]
-            ):
+    for query, value in zip(QUERIES, VALUES, strict=True):
+        for q, name in last.items():
+            v = q.removesuffix(query) + value
+            if name == query and v in last:
                 return {q: None, v: None}
     kind = getattr(config, "model_type", None)
     for path, name in last.items():
@@ -75,7 +73,7 @@ def linear_modules(names: dict[str, str]) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    "A linear map, quantised ones and transformers' Conv1D included."
+    "Whether a module is a linear map, quantised ones and transformers' Conv1D included."
     return isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
@@ -86,7 +84,7 @@ def out_features(module: nn.Module) -> int:
 
 
 def fused_rows(config: Any, size: int) -> Rows:
-    "Which rows of a fused projection are q and which are v."
+    "Which rows of a fused projection with `size` outputs are q and which are v; k and v may have fewer heads than q."
     heads = config.num_attention_heads
     if config.model_type in BY_HEAD:
         by_head = torch.arange(size).view(heads, 3, -1)
@@ -118,7 +116,7 @@ class FusedUp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., 2 r) -> (..., out)
         return F.linear(x, self.weight)
 
-# %% ../nbs/api/14_injection.ipynb #8f06f50a
+# %% ../nbs/api/14_injection.ipynb #d32cfd8a
 def add_lora(
     model: nn.Module,  # the base model
     layers: nn.ModuleList,
@@ -130,7 +128,7 @@ def add_lora(
     "Put adapter `name` on q and v of layer `one.layer`, B zero, as PEFT would; ValueError where there are none."
     layer = layers[one.layer]
     added = []
-    for path, rows in find_qv(layer, model.config, targets).items():
+    for path, rows in find_qv(layer, getattr(model, "config", None), targets).items():
         parent, child = layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
         lora = with_lora(model, getattr(parent, child), one, name, dropout, rows)
         setattr(parent, child, lora)
@@ -163,23 +161,28 @@ def quantisation(model: nn.Module) -> dict[str, Any]:
     for method in ("gptq", "aqlm", "awq"):
         if (config := get_quantization_config(model, method=method)) is not None:
             found[f"{method}_quantization_config"] = config
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if hasattr(config, "get_apply_tensor_subclass"):  # torchao's, to fold
+        found["get_apply_tensor_subclass"] = config.get_apply_tensor_subclass
     return found
 
 
 def mark(lora: LoraLayer, name: str, one: Injection, depth: int) -> None:
-    "Keep what the injection is among the tensors: [layer, depth, r, alpha as a fraction]."
+    "Keep what the injection is among the tensors: [layer, depth, r, n, k] with alpha = n / 2^k."
     if not hasattr(lora, "lor2c_injected"):
         lora.lor2c_injected = BufferDict(persistent=True)
         lora.other_param_names = (*lora.other_param_names, "lor2c_injected")
     home = lora.lora_A[name].weight.device
-    content = [one.layer, depth, one.r, *float(one.alpha).as_integer_ratio()]
-    lora.lor2c_injected[name] = torch.tensor(content, device=None if home.type == "meta" else home)
+    over, under = float(one.alpha).as_integer_ratio()
+    content = [one.layer, depth, one.r, over, under.bit_length() - 1]
+    # a structure must have values, also where weights have none
+    lora.lor2c_injected[name] = torch.tensor(content, device="cpu" if home.type == "meta" else home)
 
 
 def read_mark(content: Tensor) -> tuple[Injection, int]:
     "The injection, and the depth of the stack it is in."
-    layer, depth, r, over, under = content.tolist()
-    return Injection(layer, r, over / under), depth
+    layer, depth, r, over, power = content.tolist()
+    return Injection(layer, r, math.ldexp(over, -power)), depth
 
 
 def injected(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -193,6 +196,8 @@ def remove_lora(model: nn.Module, name: str, layer: int | None = None) -> None:
     "Take adapter `name` off the injected layers (or off one), and unwrap those that have no adapter left."
     for path, lora in injected(model):
         if name in lora.lor2c_injected and layer in (None, read_mark(lora.lor2c_injected[name])[0].layer):
-            lora.delete_adapter(name)
+            for kind in lora.adapter_layer_names + lora.other_param_names:  # PEFT's delete_adapter would also switch
+                if name in getattr(lora, kind):  # another adapter of this layer on
+                    del getattr(lora, kind)[name]
         if not lora.lora_A:
             setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], lora.get_base_layer())

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['shared_A', 'tie', 'without_copies', 'with_copies']
 
-# %% ../nbs/api/15_share.ipynb #fede13b4
+# %% ../nbs/api/15_share.ipynb #1867413a
+import torch
 from torch import Tensor, nn
 
 from .residual import residuals
 
-# %% ../nbs/api/15_share.ipynb #08a6c8c9
+# %% ../nbs/api/15_share.ipynb #16d71739
 def shared_A(
     model: nn.Module,
     name: str,  # of the adapter
@@ -28,7 +29,7 @@ def tie(model: nn.Module, name: str) -> None:
 
 
 def without_copies(
-    state_dict: dict[str, Tensor],
+    state_dict: dict[str, Tensor],  # of one adapter: lor2c_A (r, d) and lor2c_B (d, r) of each residual
 ) -> dict[str, Tensor]:
     "The same tensors with A under its first residual only: what is saved."
     keys = [key for key in state_dict if ".lor2c_A" in key]
@@ -38,9 +39,15 @@ def without_copies(
 def with_copies(
     state_dict: dict[str, Tensor],  # as saved
 ) -> dict[str, Tensor]:
-    "A under every residual that has a B, as a model's own state dict has it; unchanged where each has its own."
+    """A under every residual that has a B, as a model's own state dict has it; unchanged where there is no A.
+
+    Raises ValueError where there are several that differ: then the adapter was trained without sharing.
+    """
     down = [tensor for key, tensor in state_dict.items() if ".lor2c_A" in key]
+    if any(not torch.equal(A, down[0]) for A in down[1:]):
+        raise ValueError(
+            f"the checkpoint has {len(down)} down-projections lor2c_A that differ, share=True means one for all: "
+            "load it into an adapter with share=False"
+        )
     up = [key for key in state_dict if ".lor2c_B" in key]
-    if len(down) != 1:
-        return state_dict
-    return {**state_dict, **{key.replace(".lor2c_B", ".lor2c_A"): down[0] for key in up}}
+    return {**state_dict, **{key.replace(".lor2c_B", ".lor2c_A"): down[0] for key in up if down}}

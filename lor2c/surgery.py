@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_HERE', 'KEEP', 'tuner_of', 'refuse', 'full', 'spectra', 'scores_of', 'inner_optimizer', 'sync_optimizer',
            'is_moment', 'Change', 'merge_modules', 'inject_lora', 'operate', 'pairs_of', 'by_part', 'size',
-           'data_parallel', 'rebuild', 'shard_residuals', 'is_sharded', 'check_sharding']
+           'data_parallel', 'rebuild', 'reshard', 'shard_residuals', 'is_sharded', 'check_units', 'check_sharding']
 
 # %% ../nbs/api/20_surgery.ipynb #c09f827e
 import gc
@@ -31,7 +31,7 @@ from .residual import residuals
 from .sfs import score as score_of
 from .tuner import LoR2CModel
 
-# %% ../nbs/api/20_surgery.ipynb #2e273c2e
+# %% ../nbs/api/20_surgery.ipynb #279b63fa
 def tuner_of(
     model: nn.Module,  # a PEFT model, its LoR2C tuner, or either of them compiled or inside DistributedDataParallel
 ) -> LoR2CModel:
@@ -56,6 +56,7 @@ NOT_HERE = {
     "FullyShardedDataParallel": "FSDP 1 flattens parameters, so none can come or go; use FSDP 2 (fully_shard)",
     "DeepSpeedEngine": "DeepSpeed fixes the parameters when it starts; use DistributedDataParallel or FSDP 2 (fully_shard)",
     "DeepSpeedOptimizerWrapper": "DeepSpeed fixes the parameters when it starts; use DistributedDataParallel or FSDP 2 (fully_shard)",
+    "ZeroRedundancyOptimizer": "it spreads the parameters over the processes when it starts; use FSDP 2 (fully_shard)",
 }  # DeepSpeed by the names of its classes: this refusal was never run with DeepSpeed itself
 
 
@@ -209,7 +210,7 @@ def inject_lora(
     counts = operate(model, optimizer, name, after)
     return Change("inject", (layer_idx, layer_idx), f"LoRA of rank {r}, alpha {alpha:g}", after, counts)
 
-# %% ../nbs/api/20_surgery.ipynb #b68b226a
+# %% ../nbs/api/20_surgery.ipynb #e1bc35c7
 def operate(
     model: nn.Module,
     optimizer: Any,
@@ -220,7 +221,8 @@ def operate(
     "Give an adapter its new layout, and tell everything that holds on to its parameters."
     tuner = tuner_of(model)
     inner = None if optimizer is None else inner_optimizer(optimizer)
-    wrapper = data_parallel(model, tuner)
+    wrappers = data_parallel(model, tuner)
+    reshard(model)
     check_sharding(tuner, name)
     old, pairs, before = by_part(tuner, name), pairs_of(tuner, name), size(tuner, name)
     tuner.set_layout(after, name, moved)
@@ -231,7 +233,7 @@ def operate(
         now = pairs_of(tuner, name)
         heirs = {p: q for new, source in (moved or {}).items() for p, q in zip(now[new], pairs[source], strict=True)}
         sync_optimizer(inner, model, joins, {p: q for p, q in heirs.items() if p is not q})
-    if wrapper is not None:
+    for wrapper in wrappers:
         rebuild(wrapper)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # compiled code does not look for hooks that have come or gone
@@ -257,13 +259,17 @@ def size(model: nn.Module, name: str) -> int:
     "How many numbers an adapter has, heads apart; a shared A counts once."
     return sum(p.numel() for p in set(sum(by_part(model, name).values(), [])))
 
-# %% ../nbs/api/20_surgery.ipynb #58e15c57
-def data_parallel(model: nn.Module, tuner: LoR2CModel) -> DistributedDataParallel | None:
-    "The DistributedDataParallel around a tuner: `model` itself, or the one that a Trainer keeps to itself."
+# %% ../nbs/api/20_surgery.ipynb #c95c958e
+def data_parallel(model: nn.Module, tuner: LoR2CModel) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel around a tuner: `model` itself, or the one that a Trainer keeps to itself.
+
+    An earlier Trainer may have left another one, and which of them is in use does not show: all that are alive.
+    """
     if isinstance(model, DistributedDataParallel) or not (dist.is_available() and dist.is_initialized()):
-        return model if isinstance(model, DistributedDataParallel) else None
-    wrappers = (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel))
-    return next((w for w in wrappers if any(m is tuner for m in w.module.modules())), None)
+        return [model] if isinstance(model, DistributedDataParallel) else []
+    gc.collect()  # what no one holds any more is not rebuilt: each process has to find the same ones
+    wrappers = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
+    return [w for w in wrappers if any(m is tuner for m in w.module.modules())]
 
 
 def rebuild(wrapper: DistributedDataParallel) -> None:
@@ -273,10 +279,23 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
     """
     wanted = inspect.signature(DistributedDataParallel.__init__).parameters
     kept = {name: value for name, value in vars(wrapper).items() if name in wanted and name != "module"}
-    module, training = wrapper.module, wrapper.training
+    if "device_mesh" in kept:
+        del kept["process_group"]  # which came from it
+    hooks = {name: value for name, value in vars(wrapper).items() if "hooks" in name and isinstance(value, dict)}
+    module, training, reductions = wrapper.module, wrapper.training, wrapper._comm_hooks
     del wrapper.reducer
     DistributedDataParallel.__init__(wrapper, module, **kept)
+    vars(wrapper).update(hooks)
+    for reduce, state in reductions:
+        wrapper.register_comm_hook(state, reduce)
     wrapper.train(training)
+
+
+def reshard(model: nn.Module) -> None:
+    "Put FSDP 2's sharded parameters back in their places, where an evaluation has left gathered ones."
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def shard_residuals(
@@ -285,12 +304,14 @@ def shard_residuals(
 ) -> None:
     """Make every residual and every injected LoRA a `fully_shard` unit of its own, so that they can come and go.
 
-    Call it before `fully_shard` on the layers and the model. Raises ValueError for a shared A, which belongs to no unit.
+    Call it before `fully_shard` on the layers and the model. Raises ValueError for a shared A, which belongs to no unit,
+    and for several adapters, which would share units; TypeError where the layers are sharded already.
     """
     tuner = tuner_of(model)
-    if any(config.share for config in tuner.peft_config.values()):
-        raise ValueError("share=True has one A for all residuals, which no fully_shard unit can own: use share=False")
-    tuner.sharding = how
+    for name in tuner.peft_config:
+        check_sharding(tuner, name)
+    check_units(tuner)
+    changing, tuner.sharding = is_sharded(tuner), how
     for _, module in residuals(tuner):
         if not isinstance(module, FSDPModule):
             for pair in (module.lor2c_A, module.lor2c_B):
@@ -300,7 +321,7 @@ def shard_residuals(
     for _, lora in injected(tuner):
         for part in [*lora.lora_A.values(), *lora.lora_B.values()]:
             if not isinstance(part, FSDPModule):
-                for p in part.parameters():
+                for p in part.parameters() if changing else ():
                     dist.broadcast(p.data, src=0)  # each process drew its own
                 fully_shard(part, **how)
 
@@ -310,9 +331,19 @@ def is_sharded(tuner: LoR2CModel) -> bool:
     return hasattr(tuner, "sharding")
 
 
+def check_units(tuner: LoR2CModel) -> None:
+    "ValueError where residuals cannot be units of their own."
+    if any(config.share for config in tuner.peft_config.values()):
+        raise ValueError("share=True has one A for all residuals, which no fully_shard unit can own: use share=False")
+    if len(tuner.peft_config) > 1:
+        raise ValueError(f"one adapter can be sharded, found {', '.join(tuner.peft_config)}: delete the others")
+
+
 def check_sharding(tuner: LoR2CModel, name: str) -> None:
     "TypeError where the residuals are sharded as part of a larger unit, which would keep the old ones."
-    if not is_sharded(tuner) and any(isinstance(p, DTensor) for found in by_part(tuner, name).values() for p in found):
+    if is_sharded(tuner):
+        check_units(tuner)
+    elif any(isinstance(p, DTensor) for found in by_part(tuner, name).values() for p in found):
         raise TypeError(
             "the residuals are sharded inside of their layers' units, so none can come or go: call "
             "lor2c.surgery.shard_residuals(model, mesh=...) before fully_shard on the layers"

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'Progress', 'history_of', 'describe_move', 'is_score', 'say', 'duration', 'check_device',
-           'training_arguments', 'last_complete_checkpoint', 'is_complete', 'Job', 'versions', 'epochs_of',
-           'make_record', 'claim', 'check_free', 'check_report_to', 'prepare', 'callbacks_of', 'make_trainer',
-           'carry_out', 'relocate', 'announce', 'train']
+           'training_arguments', 'Job', 'versions', 'epochs_of', 'make_record', 'claim', 'check_free',
+           'check_report_to', 'prepare', 'callbacks_of', 'make_trainer', 'carry_out', 'relocate', 'announce', 'train']
 
-# %% ../nbs/api/33_train.ipynb #f256c5fc
+# %% ../nbs/api/33_train.ipynb #d3f809fa
 import dataclasses
 import json
 import os
@@ -25,7 +24,6 @@ import datasets
 import peft
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -40,7 +38,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ExportableState
 
 import lor2c
-from .adapters import save_whole, write_json
+from .adapters import last_complete_checkpoint, save_whole, write_json
 from .callback import IMCallback
 from .data import DEMO, baseline, compute_metrics
 from .run import CHANGING, Run, build_model, count_parameters, load_data, one_of, run_task, validation_splits
@@ -171,29 +169,6 @@ def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
             "torchrun or accelerate launch, or show one, CUDA_VISIBLE_DEVICES=0"
         )
     return args
-
-# %% ../nbs/api/33_train.ipynb #0944bf6b
-def last_complete_checkpoint(
-    folder: str | Path,  # a Trainer's output_dir
-) -> Path | None:
-    "The newest checkpoint that was written to its end; None where there is none."
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    newest_first = sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    return next((p for p in newest_first if is_complete(p)), None)
-
-
-def is_complete(checkpoint: Path) -> bool:
-    "Whether all that a Trainer goes on from is there, and its state and weights can be read."
-    weights = [*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")]
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for file in weights:
-            with safe_open(file, "pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    there = {p.name for p in checkpoint.iterdir()}
-    return bool(weights) and {"optimizer.pt", "scheduler.pt"} <= there and any(n.startswith("rng_state") for n in there)
 
 # %% ../nbs/api/33_train.ipynb #015080fd
 @dataclass

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from lor2c.adapters import write_json
+from lor2c.adapters import is_complete, last_complete_checkpoint, write_json
 from lor2c.cli import main
 from lor2c.data import GLUE, demo_model, load_demo
 from lor2c.run import build_model, glue_run, load_base
-from lor2c.train import carry_out, is_complete, last_complete_checkpoint, make_trainer, prepare
+from lor2c.train import carry_out, make_trainer, prepare
 
 RUN = "glue --task sst2 --model minilm --epochs 3 --batch-size 16 --max-length 32 --lr 0.002 --seed 3 --device cpu".split()
 

@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 import lor2c
+from lor2c.layout import Layout
 
 ONE_LAYER, LONGER = [[0, 0], [1, 1], [2, 2], [3, 3]], [[0, 0], [1, 3]]
 
@@ -198,18 +199,18 @@ def test_trainer_fetches_the_best_structure(tmp_path):
     trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
     trainer.train()
     want = model.eval()(**batch("BERT")).logits
-    model.base_model.set_spans(ONE_LAYER)  # as if the structure had changed after the best epoch
+    model.base_model.set_layout(Layout(4, ONE_LAYER))  # as if the structure had changed after the best epoch
     assert not torch.equal(model.eval()(**batch("BERT")).logits, want)
     trainer._load_best_model()
     assert model.peft_config["default"].spans == LONGER
     assert torch.equal(model.eval()(**batch("BERT")).logits, want)
 
 
-def test_set_spans_keeps_equal_spans():
+def test_a_new_layout_keeps_equal_spans():
     """A residual whose span stays keeps its pair; a new one starts at zero; unused hooks go."""
     model = adapted("BERT", spans=ONE_LAYER)
     before = {span: (A.detach().clone(), B.detach().clone()) for span, (A, B, _) in pairs(model).items()}
-    model.base_model.set_spans([(0, 0), (1, 2), (3, 3)])
+    model.base_model.set_layout(Layout(4, ((0, 0), (1, 2), (3, 3))))
     after = pairs(model)
     assert sorted(after) == [(0, 0), (1, 2), (3, 3)]
     for span in [(0, 0), (3, 3)]:
@@ -370,7 +371,7 @@ def test_models_that_skip_layers_are_refused_for_longer_spans():
         get_peft_model(opt, lor2c.LoR2CConfig(spans=[[0, 2]]))
     model = get_peft_model(opt, lor2c.LoR2CConfig())
     with pytest.raises(ValueError, match="layerdrop"):
-        model.base_model.set_spans([(0, 2)])
+        model.base_model.set_layout(Layout(4, ((0, 2),)))
 
 
 def test_a_forward_that_failed_half_way_leaves_a_model_that_copies():
@@ -389,7 +390,7 @@ def test_a_forward_that_failed_half_way_leaves_a_model_that_copies():
 def test_plain_load_state_dict_refuses_another_structure():
     """Loaders that go past PEFT must not put the tensors of [1..3] into a residual of [3..3] without a word."""
     state = adapted("BERT").state_dict()
-    with pytest.raises(RuntimeError, match=r"saved with \[start, end, depth\] \[1, 3, 4\]; call set_spans"):
+    with pytest.raises(RuntimeError, match=r"saved with \[start, end, depth\] \[1, 3, 4\]; call set_layout"):
         adapted("BERT", spans=[[0, 0], [3, 3]]).load_state_dict(state)
     adapted("BERT").load_state_dict(state)
 

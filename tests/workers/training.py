@@ -1,0 +1,236 @@
+"""Runs whose structure changes, as one process or as several: `training.py FOLDER RUN...` writes FOLDER/RUN.RANK.pt.
+
+Started by test_processes.py, also under torchrun. Each run sees the same rows in the same order however many processes
+share them, and each process draws numbers of its own where the structure changes.
+"""
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import accelerate
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from peft import get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import lor2c
+from lor2c import surgery
+from lor2c.callback import IMCallback
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tiny import build
+
+ROWS, BATCH, EPOCHS = 16, 4, 6  # 24 steps; a merge at 8, injections at 4 and 8
+TEN = 10
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def model(**config):
+    made = get_peft_model(build("Llama"), lor2c.LoR2CConfig(**{"r": 4, "alpha": 8, "dropout": 0.0, **config}))
+    torch.manual_seed(5)
+    for name, p in made.named_parameters():
+        if "lor2c_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return made
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 64, (ROWS, 12), generator=torch.Generator().manual_seed(3))
+    return [dict(input_ids=row, labels=row) for row in ids]
+
+
+def full(value):
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    return {name: full(p) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def moments(optimizer) -> list[dict[str, torch.Tensor]]:
+    """The optimizer's state, in the order of its parameters."""
+    inner = surgery.inner_optimizer(optimizer)
+    return [{k: full(v) for k, v in inner.state[p].items()} for g in inner.param_groups for p in g["params"]]
+
+
+class Watch(TrainerCallback):
+    """Before a change: numbers that differ between processes. After it: which parameters ten steps have changed."""
+
+    def __init__(self, changer: IMCallback) -> None:
+        self.changer, self.known, self.before, self.changed = changer, 0, None, {}
+
+    def on_step_end(self, args, state, control, model=None, **_) -> None:
+        self.after_step(state.global_step, model)
+
+    def after_step(self, step: int, model) -> None:
+        moves = [entry for entry in self.changer.history if entry["move"]]
+        if len(moves) > self.known:
+            self.known, self.before, self.since = len(moves), trained(model), step
+        elif self.before and step == self.since + TEN:
+            self.changed = {name: not torch.equal(p, self.before[name]) for name, p in trained(model).items()}
+        torch.manual_seed(100 * step + rank())
+
+
+def result(model, optimizer, changer, watch, losses) -> dict:
+    inner = surgery.inner_optimizer(optimizer)
+    held = {p for group in inner.param_groups for p in group["params"]}
+    return {
+        "world": world(),
+        "parameters": trained(model),
+        "moments": moments(optimizer),
+        "moves": [(e["step"], *e["move"].values()) for e in changer.history if e["move"]],
+        "gradients": [one["gradient"] for entry in changer.history for one in entry["residuals"]],
+        "changed": watch.changed,
+        "losses": losses,
+        "optimizer holds the trained": held == {p for p in model.parameters() if p.requires_grad},
+    }
+
+
+def with_trainer(accumulation: int = 1, no_rebuild: bool = False, twice: bool = False, **config) -> dict:
+    """A plain Trainer; the callback is all that knows of the structure."""
+    peft_model, changer = model(**config), IMCallback(max_merges=1, max_injections=2)
+    watch, original = Watch(changer), surgery.rebuild
+    args = TrainingArguments(
+        tempfile.mkdtemp(), num_train_epochs=EPOCHS, learning_rate=1e-2, weight_decay=0.01, report_to="none", seed=3,
+        per_device_train_batch_size=BATCH // world_asked() // accumulation, gradient_accumulation_steps=accumulation,
+        use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    if no_rebuild:
+        surgery.rebuild = lambda wrapper: None
+    try:
+        trainer = Trainer(peft_model, args, train_dataset=rows(), callbacks=[changer, watch])
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train()
+    finally:
+        surgery.rebuild = original
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    found = result(peft_model, trainer.optimizer, changer, watch, losses)
+    return {**found, "wrapper": type(trainer.model_wrapped).__name__}
+
+
+def world_asked() -> int:
+    """How many processes were started, also before they have met."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def with_accelerate(**how) -> dict:
+    """A loop of one's own: the model that comes back from `prepare` is what the callback gets."""
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True), **how)
+    peft_model, changer = model(), IMCallback(max_merges=1, max_injections=2)
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    steps = EPOCHS * ROWS // BATCH
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    wrapped, optimizer, data, schedule = accelerator.prepare(
+        peft_model, optimizer, DataLoader(rows(), batch_size=BATCH), schedule
+    )
+    watch, losses = Watch(changer), []
+    changer.begin(wrapped, steps, len(data), optimizer)
+    for _ in range(EPOCHS):
+        for batch in data:
+            loss = wrapped(**batch).loss
+            accelerator.backward(loss)
+            changer.before_step(wrapped)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            changer.after_step(wrapped, optimizer)
+            watch.after_step(changer.step, peft_model)
+            losses.append(accelerator.reduce(loss.detach(), "mean").item())
+    changer.finish()
+    found = result(peft_model, optimizer, changer, watch, losses)
+    return {**found, "wrapper": type(wrapped).__name__, "lr": schedule.get_last_lr()}
+
+
+def sharded(checkpointing: bool = False) -> dict:
+    """FSDP 2: residuals first, then layers, then the model; an evaluation right before each change."""
+    peft_model, changer = model(), IMCallback(max_merges=1, max_injections=2)
+    if checkpointing:
+        peft_model.gradient_checkpointing_enable()
+        peft_model.train()
+    if world() > 1:
+        mesh = init_device_mesh("cpu", (world(),))
+        surgery.shard_residuals(peft_model, mesh=mesh)
+        for layer in peft_model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(peft_model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
+    steps, data = EPOCHS * ROWS // BATCH, torch.stack([row["input_ids"] for row in rows()]).split(BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    watch, losses = Watch(changer), []
+    changer.begin(peft_model, steps, len(data), optimizer)
+    peft_model.train()
+    for step in range(steps):
+        ids = data[step % len(data)].chunk(world())[rank()]
+        loss = peft_model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        changer.before_step(peft_model)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            peft_model(input_ids=ids)
+        changer.after_step(peft_model, optimizer)
+        watch.after_step(step + 1, peft_model)
+        mean = loss.detach().clone()
+        if world() > 1:
+            dist.all_reduce(mean)
+        losses.append(mean.item() / world())
+    changer.finish()
+    surgery.reshard(peft_model)
+    found = result(peft_model, optimizer, changer, watch, losses)
+    if world() > 1:
+        units = [m for m in peft_model.modules() if isinstance(m, FSDPModule)]
+        found["units"] = sorted(type(m).__name__ for m in units)
+        found["all sharded"] = all(isinstance(p, DTensor) for p in peft_model.parameters())
+        found["state sharded"] = all(
+            isinstance(v, DTensor) for s in surgery.inner_optimizer(optimizer).state.values() for k, v in s.items() if k != "step"
+        )
+    return found
+
+
+RUNS = {
+    "trainer": with_trainer,
+    "accumulated": lambda: with_trainer(accumulation=2),
+    "shared": lambda: with_trainer(share=True),
+    "forgotten": lambda: with_trainer(no_rebuild=True),
+    "accelerate": with_accelerate,
+    "sharded": sharded,
+    "checkpointed": lambda: sharded(checkpointing=True),
+}
+
+
+def main(folder: str, *names: str) -> None:
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    if world_asked() > 1:
+        dist.init_process_group("gloo")
+    for name in names:
+        torch.manual_seed(rank())
+        torch.save(RUNS[name](), Path(folder) / f"{name}.{rank()}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
