@@ -1,9 +1,10 @@
-"""One training step of LoR2C beside PEFT's LoRA (same rank, on queries and values), in turn in one process.
+"""One training step of LoR2C, before and after three merges, beside PEFT's LoRA (same rank, on q and v), in turn.
 
     python benchmarks/step.py [--rounds 30] [--batch 32] [--length 128] [--device cpu]
 
 Prints the median time of a step of each, their ratio, and the bytes that autograd keeps for the backward pass. With
 residuals, the layers up to the end of the first span get no backward pass; with LoRA all but the first projections do.
+The merges join neighbours, six residuals to three, so one layer more is spared.
 """
 
 import argparse
@@ -71,10 +72,13 @@ def measure(rounds: int = 30, batch: int = 32, length: int = 128, device: str = 
         "lor2c": lor2c.LoR2CConfig(r=8, alpha=16, dropout=0.1, task_type="SEQ_CLS"),
     }
     models = {name: build(config, device) for name, config in configs.items()}
+    models["merged"] = build(configs["lor2c"], device)
+    for layer in (0, 2, 4):
+        lor2c.merge_modules(models["merged"], layer, layer + 1)
     steps = {name: stepper(model, rows) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 2):
-        for name in sorted(steps, reverse=round_ % 2 == 1):  # neither is always the first
+        for name in sorted(steps, reverse=round_ % 2 == 1):  # none is always the first
             taken = seconds(steps[name], device)
             if round_ >= 2:  # two rounds to warm up
                 times[name].append(taken)
@@ -89,5 +93,6 @@ if __name__ == "__main__":
     result = measure(**vars(args))
     for name, row in result.items():
         print(f"{name:6} {1e3 * row['seconds']:8.1f} ms a step   {row['bytes'] / 2**20:8.1f} MiB kept for backward")
-    ratio = {key: result["lor2c"][key] / result["lora"][key] for key in ("seconds", "bytes")}
-    print(f"lor2c / lora: time {ratio['seconds']:.3f}, kept for backward {ratio['bytes']:.3f}")
+    for name, other in (("lor2c", "lora"), ("merged", "lor2c")):
+        ratio = {key: result[name][key] / result[other][key] for key in ("seconds", "bytes")}
+        print(f"{name} / {other}: time {ratio['seconds']:.3f}, kept for backward {ratio['bytes']:.3f}")

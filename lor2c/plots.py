@@ -152,7 +152,7 @@ def draw_move(axes: Axes, epoch: float, move: dict[str, Any], depth: int) -> Non
     look = dict(markerfacecolor="white") if done else dict(markeredgewidth=2)
     axes.plot(epoch, y, marker, color="black", markersize=7, label=name, clip_on=False, linestyle="", **look)
 
-# %% ../nbs/api/34_plots.ipynb #8d95101e
+# %% ../nbs/api/34_plots.ipynb #ee361c83
 def limits_of(record: dict[str, Any]) -> tuple[int, int]:
     "M_max and I_max of a run."
     return record["hyper_parameters"]["max_merges"], record["hyper_parameters"]["max_injections"]
@@ -196,8 +196,10 @@ def plot_grid(
             draw_cell(axes, x, y, found.get((m, i)), layers_needed(m, i) <= layers_of(records[0]), colour)
     m, i = limits_of(best_of(records))
     corner = merges.index(m) - 0.5, injections.index(i) - 0.5
-    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], lw=3.5, zorder=3))
-    axes.set(xlim=(-0.5, len(merges) - 0.5), ylim=(-0.5, len(injections) - 0.5), xlabel="merges", ylabel="injections")
+    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[1], lw=3.5, zorder=3, clip_on=False))
+    axes.set(xlim=(-0.5, len(merges) - 0.5), ylim=(-0.5, len(injections) - 0.5), ylabel="injections")
+    starred = any(moves_of(record) != limits_of(record) for record in records)
+    axes.set_xlabel("merges" + "\n* fewer moves made than allowed" * starred)
     axes.set_xticks(range(len(merges)), merges)
     axes.set_yticks(range(len(injections)), injections)
     axes.set_title(f"{task}: {metric.replace('_', ' ')}")

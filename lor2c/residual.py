@@ -18,7 +18,7 @@ from .compat import BaseTunerLayer, BufferDict
 from .config import LoR2CConfig
 from .lowrank import add_delta, init_pair, scaling_factor
 
-# %% ../nbs/api/13_residual.ipynb #08f76d21
+# %% ../nbs/api/13_residual.ipynb #7c400a56
 class LoR2CLayer(nn.Module, BaseTunerLayer):
     """The residuals, one per adapter, that end at one transformer layer.
 
@@ -46,7 +46,7 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         "Add or replace adapter `name`: this pair, or a fresh one on the device and in the dtype of `like`."
         self.lor2c_A[name], self.lor2c_B[name] = pair or init_pair(self.width, config.r, like.device, like.dtype)
         self.lor2c_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        home = None if like.is_meta else like.device  # a structure must have values, also where weights have none
+        home = "cpu" if like.is_meta else like.device  # a structure must have values, also where weights have none
         self.lor2c_span[name] = torch.tensor([start, self.end, self.depth], device=home)
         self.start[name], self.scaling[name] = start, scaling_factor(config.alpha, config.r)
         self._home = like.device

@@ -210,7 +210,7 @@ def inject_lora(
     counts = operate(model, optimizer, name, after)
     return Change("inject", (layer_idx, layer_idx), f"LoRA of rank {r}, alpha {alpha:g}", after, counts)
 
-# %% ../nbs/api/20_surgery.ipynb #e1bc35c7
+# %% ../nbs/api/20_surgery.ipynb #1c095003
 def operate(
     model: nn.Module,
     optimizer: Any,
@@ -247,7 +247,8 @@ def pairs_of(model: nn.Module, name: str) -> dict[Span, tuple[nn.Parameter, nn.P
 
 def by_part(model: nn.Module, name: str) -> dict[str, list[nn.Parameter]]:
     "An adapter's down-projections and its up-projections, residuals and injected LoRA alike."
-    found = {"A": [A for A, _ in pairs_of(model, name).values()], "B": [B for _, B in pairs_of(model, name).values()]}
+    pairs = pairs_of(model, name).values()
+    found = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs]}
     for _, lora in injected(model):
         if name in lora.lora_A:
             found["A"] += lora.lora_A[name].parameters()

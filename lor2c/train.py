@@ -137,7 +137,7 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s" if minutes else f"{s} s"
 
-# %% ../nbs/api/33_train.ipynb #5654b21f
+# %% ../nbs/api/33_train.ipynb #e1443feb
 def check_device(run: Run) -> None:
     "ValueError where the device of a run is not there, or would not do its precision."
     one_of("device", run.device, ("auto", "cpu", "cuda", "mps"))
@@ -162,6 +162,7 @@ def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=True,
         restore_callback_states_from_checkpoint=True, train_sampling_strategy="group_by_length",
+        average_tokens_across_devices=False,  # else a loss that is a mean of rows is multiplied by the processes
     )  # fmt: skip
     if args.n_gpu > 1:
         raise ValueError(
@@ -230,7 +231,7 @@ def make_record(job: Job, trainer: Trainer) -> dict[str, Any]:
         "versions": versions(),
     }
 
-# %% ../nbs/api/33_train.ipynb #a81a9b3a
+# %% ../nbs/api/33_train.ipynb #d9ad6743
 MAY_DIFFER = {"device", "report_to"}  # where a run computes and reports
 
 
@@ -328,10 +329,12 @@ def carry_out(
         if checkpoint:
             relocate(checkpoint)
     trainer = make_trainer(job)
+    trainer.accelerator.wait_for_everyone()  # until the first process has written
     set_seed(run.seed)  # what was prepared in between must not change a run
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not Path(trainer.state.best_model_checkpoint).is_dir():
         raise RuntimeError(f"the best epoch's checkpoint, {trainer.state.best_model_checkpoint}, is gone")
+    trainer.accelerator.wait_for_everyone()  # until all have read the best epoch
     record = make_record(job, trainer)
     if trainer.is_world_process_zero():
         save_whole(trainer.model, folder / ("model" if run.method == "full" else "adapter"))

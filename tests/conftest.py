@@ -46,6 +46,19 @@ def repository(tmp_path: Path) -> Path:
     return copy_repository(tmp_path / "lor2c")
 
 
+@pytest.fixture(scope="session")
+def glue_data(tmp_path_factory) -> Path:
+    """A GLUE folder with a small sst2 made of real snippets."""
+    from lor2c.data import load_demo  # not above: most tests need no torch
+
+    folder = tmp_path_factory.mktemp("glue") / "sst2"
+    folder.mkdir()
+    demo = load_demo()
+    for split, rows in (("train", 128), ("validation", 64)):
+        demo[split].select(range(rows)).rename_column("text", "sentence").to_parquet(folder / f"{split}.parquet")
+    return folder.parent
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not os.environ.get("LOR2C_SLOW"):
         for item in items:

@@ -29,17 +29,6 @@ from lor2c.train import carry_out, make_trainer, prepare
 RUN = "glue --task sst2 --model minilm --epochs 3 --batch-size 16 --max-length 32 --lr 0.002 --seed 3 --device cpu".split()
 
 
-@pytest.fixture(scope="session")
-def glue_data(tmp_path_factory) -> Path:
-    """A GLUE folder with a small sst2 made of real snippets."""
-    folder = tmp_path_factory.mktemp("glue") / "sst2"
-    folder.mkdir()
-    demo = load_demo()
-    for split, rows in (("train", 128), ("validation", 64)):
-        demo[split].select(range(rows)).rename_column("text", "sentence").to_parquet(folder / f"{split}.parquet")
-    return folder.parent
-
-
 def start(*arguments: str | Path, **kwargs) -> subprocess.Popen:
     command = [sys.executable, "-m", "lor2c.cli", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)

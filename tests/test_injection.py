@@ -110,7 +110,9 @@ def test_zero_up_projection_changes_nothing(stack):
 
 
 def test_unknown_layer_names_its_linear_modules():
-    base = T.AutoModel.from_config(T.FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+    base = T.AutoModel.from_config(
+        T.FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
     with pytest.raises(ValueError, match=r"layer of falcon: pass inject_targets.*Its linear modules: self_attention\."):
         get_peft_model(base, config())
     assert not list(injected(base))
@@ -228,7 +230,9 @@ def test_bf16_base_has_a_float32_adapter(kind):
     assert torch.equal(logits(model), logits(base_of(kind).bfloat16()))
     out = logits(randomise(model))
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), logits(adapted(kind)), rtol=0.1, atol=0.15)  # bf16 has 8 bits
+    wide = get_peft_model(base_of(kind), config()).eval()
+    wide.load_state_dict(model.state_dict())  # the same numbers, computed in float32
+    torch.testing.assert_close(out.float(), logits(wide), rtol=0.05, atol=0.05)  # bf16 has 8 bits
     out.float().square().sum().backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
 
@@ -276,7 +280,7 @@ def test_int8_base(fused, tmp_path):
 @each_kind
 def test_second_adapter_on_the_same_layer(kind):
     model = adapted(kind)
-    one = logits(model)
+    body = model.get_base_model()
     model.add_adapter("other", config(r=3, injected={1: [3, 6]}))
     randomise(model).eval()
     one = logits(model)
@@ -288,8 +292,8 @@ def test_second_adapter_on_the_same_layer(kind):
     assert torch.equal(logits(model), two)
     assert {name for _, lora in injected(model) for name in lora.lora_A} == {"other"}
     model.delete_adapter("other")
-    assert not list(injected(model)) and torch.equal(logits(model), logits(base_of(kind)))
-    assert [n for n, _ in model.get_base_model().named_modules()] == [n for n, _ in base_of(kind).named_modules()]
+    assert not list(injected(body)) and torch.equal(logits(body), logits(base_of(kind)))
+    assert [n for n, _ in body.named_modules()] == [n for n, _ in base_of(kind).named_modules()]
 
 
 def test_taking_one_out_switches_no_other_on():

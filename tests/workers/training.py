@@ -4,20 +4,23 @@ Started by test_processes.py, also under torchrun. Each run sees the same rows i
 share them, and each process draws numbers of its own where the structure changes.
 """
 
+import gc
+import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
-import accelerate
 import torch
 import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from peft import get_peft_model
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -104,19 +107,22 @@ def result(model, optimizer, changer, watch, losses) -> dict:
     }
 
 
-def with_trainer(accumulation: int = 1, no_rebuild: bool = False, twice: bool = False, **config) -> dict:
+def arguments(accumulation: int = 1) -> TrainingArguments:
+    return TrainingArguments(
+        tempfile.mkdtemp(), num_train_epochs=EPOCHS, learning_rate=1e-2, weight_decay=0.01, report_to="none", seed=3,
+        per_device_train_batch_size=BATCH // world() // accumulation, gradient_accumulation_steps=accumulation,
+        use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, train_sampling_strategy="sequential",
+    )  # fmt: skip
+
+
+def with_trainer(accumulation: int = 1, no_rebuild: bool = False, **config) -> dict:
     """A plain Trainer; the callback is all that knows of the structure."""
     peft_model, changer = model(**config), IMCallback(max_merges=1, max_injections=2)
     watch, original = Watch(changer), surgery.rebuild
-    args = TrainingArguments(
-        tempfile.mkdtemp(), num_train_epochs=EPOCHS, learning_rate=1e-2, weight_decay=0.01, report_to="none", seed=3,
-        per_device_train_batch_size=BATCH // world_asked() // accumulation, gradient_accumulation_steps=accumulation,
-        use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, train_sampling_strategy="sequential",
-    )  # fmt: skip
     if no_rebuild:
         surgery.rebuild = lambda wrapper: None
     try:
-        trainer = Trainer(peft_model, args, train_dataset=rows(), callbacks=[changer, watch])
+        trainer = Trainer(peft_model, arguments(accumulation), train_dataset=rows(), callbacks=[changer, watch])
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
     finally:
@@ -126,16 +132,9 @@ def with_trainer(accumulation: int = 1, no_rebuild: bool = False, twice: bool = 
     return {**found, "wrapper": type(trainer.model_wrapped).__name__}
 
 
-def world_asked() -> int:
-    """How many processes were started, also before they have met."""
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def with_accelerate(**how) -> dict:
+def with_accelerate() -> dict:
     """A loop of one's own: the model that comes back from `prepare` is what the callback gets."""
-    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True), **how)
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
     peft_model, changer = model(), IMCallback(max_merges=1, max_injections=2)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
     steps = EPOCHS * ROWS // BATCH
@@ -161,18 +160,22 @@ def with_accelerate(**how) -> dict:
     return {**found, "wrapper": type(wrapped).__name__, "lr": schedule.get_last_lr()}
 
 
-def sharded(checkpointing: bool = False) -> dict:
-    """FSDP 2: residuals first, then layers, then the model; an evaluation right before each change."""
+def shard(peft_model, mesh):
+    """FSDP 2 from the inside out: residuals, layers, model."""
+    surgery.shard_residuals(peft_model, mesh=mesh)
+    for layer in peft_model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(peft_model, mesh=mesh)
+
+
+def sharded(checkpointing: bool = False, accumulation: int = 1) -> dict:
+    """FSDP 2, with an evaluation right before each change: it leaves gathered parameters in some places."""
     peft_model, changer = model(), IMCallback(max_merges=1, max_injections=2)
     if checkpointing:
         peft_model.gradient_checkpointing_enable()
         peft_model.train()
     if world() > 1:
-        mesh = init_device_mesh("cpu", (world(),))
-        surgery.shard_residuals(peft_model, mesh=mesh)
-        for layer in peft_model.base_model.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(peft_model, mesh=mesh)
+        shard(peft_model, init_device_mesh("cpu", (world(),)))
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-2)
     steps, data = EPOCHS * ROWS // BATCH, torch.stack([row["input_ids"] for row in rows()]).split(BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -181,8 +184,13 @@ def sharded(checkpointing: bool = False) -> dict:
     peft_model.train()
     for step in range(steps):
         ids = data[step % len(data)].chunk(world())[rank()]
-        loss = peft_model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        losses_of_step = []
+        for part in ids.chunk(accumulation):
+            if world() > 1:
+                peft_model.set_requires_gradient_sync(len(losses_of_step) == accumulation - 1)
+            loss = peft_model(input_ids=part, labels=part).loss / accumulation
+            loss.backward()
+            losses_of_step.append(loss.detach())
         changer.before_step(peft_model)
         optimizer.step()
         schedule.step()
@@ -191,7 +199,7 @@ def sharded(checkpointing: bool = False) -> dict:
             peft_model(input_ids=ids)
         changer.after_step(peft_model, optimizer)
         watch.after_step(step + 1, peft_model)
-        mean = loss.detach().clone()
+        mean = torch.stack(losses_of_step).sum()
         if world() > 1:
             dist.all_reduce(mean)
         losses.append(mean.item() / world())
@@ -202,27 +210,124 @@ def sharded(checkpointing: bool = False) -> dict:
         units = [m for m in peft_model.modules() if isinstance(m, FSDPModule)]
         found["units"] = sorted(type(m).__name__ for m in units)
         found["all sharded"] = all(isinstance(p, DTensor) for p in peft_model.parameters())
+        state = optimizer.state.values()
         found["state sharded"] = all(
-            isinstance(v, DTensor) for s in surgery.inner_optimizer(optimizer).state.values() for k, v in s.items() if k != "step"
+            isinstance(one[name], DTensor) for one in state for name in ("exp_avg", "exp_avg_sq")
         )
     return found
 
 
+def retrained() -> dict:
+    """A second Trainer on the model of a first one, whose wrapper is still alive, and older."""
+
+    class Collect(TrainerCallback):
+        def on_step_end(self, args, state, *_, **__) -> None:
+            if state.global_step == 1:
+                gc.collect()
+
+    peft_model, changers = model(), [IMCallback(max_merges=1, max_injections=0), IMCallback(0, 1)]
+    trainers = []
+    for changer in changers:
+        watch = Watch(changer)
+        trainers.append(Trainer(peft_model, arguments(), train_dataset=rows(), callbacks=[Collect(), changer, watch]))
+        trainers[-1].remove_callback(transformers.PrinterCallback)
+        trainers[-1].train()
+    alive = {id(trainer.model_wrapped) for trainer in trainers}
+    return {**result(peft_model, trainers[-1].optimizer, changer, watch, []), "wrappers": len(alive)}
+
+
+def learns(wrapper, optimizer=None) -> bool:
+    """Whether a model is the same in all processes, and has changed throughout, after changes amid steps on their rows."""
+    tuner = surgery.tuner_of(wrapper)
+    optimizer = optimizer or torch.optim.AdamW([p for p in tuner.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(8):
+        ids = torch.stack([row["input_ids"] for row in rows()]).chunk(world())[rank()]
+        wrapper(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.manual_seed(rank())
+        if step == 1:
+            surgery.inject_lora(wrapper, 0, optimizer=optimizer)
+        if step == 3:
+            surgery.merge_modules(wrapper, 1, 2, optimizer=optimizer)
+            before = trained(tuner)
+    found: list = [None] * world()
+    dist.all_gather_object(found, trained(tuner))
+    return all(
+        torch.equal(found[0][k], other[k]) and not torch.equal(other[k], before[k]) for other in found for k in before
+    )
+
+
+def wrapped() -> dict:
+    """Ways to make a DistributedDataParallel, each of which has to outlive a change."""
+    found, mesh = {}, init_device_mesh("cpu", (world(),))
+    found["mesh"] = learns(DistributedDataParallel(model(), device_mesh=mesh))
+    found["static graph"] = learns(DistributedDataParallel(model(), static_graph=True, gradient_as_bucket_view=True))
+    hooked, seen = DistributedDataParallel(model()), []
+    hooked.register_comm_hook(None, fp16_compress_hook)
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    found["hooks"] = learns(hooked) and len(seen) == 8 and len(hooked._comm_hooks) == 1
+    return found
+
+
+def wrapped_otherwise() -> dict:
+    grid = init_device_mesh("cpu", (world(), 1), mesh_dim_names=("replicate", "shard"))
+    compiled = torch.compile(DistributedDataParallel(model()), backend="eager")
+    return {"FSDP 2 with replicas": learns(shard(model(), grid)), "compiled": learns(compiled)}
+
+
+def said(error: type[Exception], what) -> str:
+    try:
+        what()
+    except error as caught:
+        return str(caught)
+    return "nothing was raised"
+
+
+def refused() -> dict:
+    """What each misuse says, and that the structure is as before."""
+    mesh, found = init_device_mesh("cpu", (world(),)), {}
+    layers_first = model()
+    for layer in layers_first.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    found["not apart"] = said(TypeError, lambda: surgery.merge_modules(layers_first, 0, 1))
+    found["not apart, callback"] = said(TypeError, lambda: IMCallback(1, 0).check(layers_first))
+    found["too late"] = said(TypeError, lambda: surgery.shard_residuals(layers_first, mesh=mesh))
+    found["share"] = said(ValueError, lambda: surgery.shard_residuals(model(share=True), mesh=mesh))
+    two = model()
+    two.add_adapter("other", lor2c.LoR2CConfig(r=4))
+    found["two"] = said(ValueError, lambda: surgery.shard_residuals(two, mesh=mesh))
+    flat = FullyShardedDataParallel(model(), use_orig_params=True, device_id=torch.device("cpu"))
+    found["FSDP 1"] = said(TypeError, lambda: surgery.merge_modules(flat, 0, 1))
+    plain = model()
+    spread = ZeroRedundancyOptimizer(
+        [p for p in plain.parameters() if p.requires_grad], optimizer_class=torch.optim.AdamW, lr=1e-2
+    )
+    found["optimizer"] = said(TypeError, lambda: surgery.merge_modules(plain, 0, 1, optimizer=spread))
+    spans = {len(surgery.tuner_of(one).layout().spans) for one in (layers_first, plain)}
+    return {**found, "untouched": spans == {4}}
+
+
 RUNS = {
+    "retrained": retrained,
+    "wrapped": wrapped,
+    "wrapped otherwise": wrapped_otherwise,
+    "refused": refused,
     "trainer": with_trainer,
     "accumulated": lambda: with_trainer(accumulation=2),
     "shared": lambda: with_trainer(share=True),
     "forgotten": lambda: with_trainer(no_rebuild=True),
     "accelerate": with_accelerate,
     "sharded": sharded,
-    "checkpointed": lambda: sharded(checkpointing=True),
+    "sharded, checkpointed": lambda: sharded(checkpointing=True),
+    "sharded, accumulated": lambda: sharded(accumulation=2),
 }
 
 
 def main(folder: str, *names: str) -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    if world_asked() > 1:
+    if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     for name in names:
         torch.manual_seed(rank())
