@@ -7,7 +7,7 @@ __all__ = ['cells', 'check_counts', 'cell_name', 'unreachable', 'depth_of', 'Gri
            'check_folder', 'write_grid', 'summary_of', 'describe_cell', 'attempt', 'begin_worker', 'end_with',
            'outcomes', 'outcome', 'carry_out_sweep', 'sweep']
 
-# %% ../nbs/api/35_sweep.ipynb #ba1311a6
+# %% ../nbs/api/35_sweep.ipynb #d602e2c1
 import contextlib
 import dataclasses
 import json
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from tqdm import tqdm
 from transformers import AutoConfig
 
 from .adapters import write_json
@@ -214,11 +216,13 @@ def attempt(
             traceback.print_exc(file=log)
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-# %% ../nbs/api/35_sweep.ipynb #04e9ceba
-def begin_worker(threads: int, alive: Connection) -> None:
+# %% ../nbs/api/35_sweep.ipynb #d8cc9fd4
+def begin_worker(threads: int, verbosity: int, alive: Connection) -> None:
     "Set up a process that trains cells."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    transformers.logging.set_verbosity(verbosity)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, which outlives a process that ends at once
     threading.Thread(target=end_with, args=(alive,), daemon=True).start()
 
 
@@ -237,7 +241,8 @@ def outcomes(grid: Grid, left: Sequence[Run], jobs: int) -> Iterator[tuple[Run, 
     processes = multiprocessing.get_context("spawn")  # fork copies locked locks and a GPU's state
     alive, holder = processes.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, processes, begin_worker, (threads, alive)) as pool:
+    settings = threads, transformers.logging.get_verbosity(), alive
+    with ProcessPoolExecutor(jobs, processes, begin_worker, settings) as pool:
         try:
             futures = {pool.submit(attempt, run, folder_of(grid, run), False): run for run in left}
             for future in as_completed(futures):

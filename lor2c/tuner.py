@@ -284,7 +284,7 @@ def pair_for(
     B = torch.zeros_like(B) if source is None else B
     return tuple(p if p.device == home or (share and p is A) else nn.Parameter(p.detach().to(home)) for p in (A, B))
 
-# %% ../nbs/api/16_tuner.ipynb #c8fe6bc1
+# %% ../nbs/api/16_tuner.ipynb #1414dc1a
 RESIDUAL = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>A|B|span)")
 INJECTED = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lor2c_injected")
 
@@ -297,9 +297,11 @@ def tensors_by_layer(state_dict: dict[str, Tensor]) -> dict[tuple[str, int], dic
             found.setdefault((match["path"], int(match["end"])), {})[match["part"]] = tensor
     for (path, end), parts in found.items():
         if missing := {"A", "B", "span"} - parts.keys():
-            if missing == {"A"} and sum("A" in other for other in found.values()) == 1:
-                raise ValueError("the checkpoint has one A for all residuals: it was saved with share=True")
-            raise ValueError(f"the checkpoint is damaged: lor2c_{missing.pop()} of layer {path}.{end} is missing")
+            shared = sum("A" in other for other in found.values()) == 1
+            raise ValueError(
+                f"the checkpoint is damaged: lor2c_{missing.pop()} of layer {path}.{end} is missing"
+                + (", or it was saved with share=True" if shared else "")
+            )
     return found
 
 
