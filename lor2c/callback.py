@@ -119,7 +119,7 @@ def agreed(value: Any) -> Any:
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/api/21_callback.ipynb #84d6288c
+# %% ../nbs/api/21_callback.ipynb #dca793d7
 class IMCallback(TrainerCallback, ExportableState):
     """Merges and injects while any Trainer trains; its arguments are the fields of `Settings`.
 
@@ -175,6 +175,7 @@ class IMCallback(TrainerCallback, ExportableState):
         self.step, self.steps_per_epoch = step, steps_per_epoch or steps
         self.due = plan(*limits, steps, self.steps_per_epoch, self.settings.schedule)
         self._refuse_missed("the checkpoint does not know of it: it was trained without, or with another, IMCallback")
+        self._refuse_others()
         for remark in remarks(self.due, *limits, steps) if step == 0 else []:
             warnings.warn(remark, stacklevel=2)
 
@@ -244,6 +245,15 @@ class IMCallback(TrainerCallback, ExportableState):
         missed = [due for due in self.due if due.step <= self.step and (due.step, due.move) not in taken]
         if missed:
             raise RuntimeError(f"the {missed[0].move} due at step {missed[0].step} was never taken: {why}")
+
+    def _refuse_others(self) -> None:
+        due = {(one.step, one.move) for one in self.due}
+        taken = [(entry["step"], entry["move"]["kind"]) for entry in self.history if self.step and entry["move"]]
+        if others := [one for one in taken if one not in due]:
+            raise RuntimeError(
+                f"the checkpoint has a decision of step {others[0][0]}, {others[0][1]}, that this training has not: resume "
+                "with the same number of epochs, rows of a batch, and processes"
+            )
 
     def _entry_at(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0 or any(one.step == step for one in self.due)

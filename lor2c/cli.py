@@ -88,7 +88,9 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     )
     add_task(parser, "for grid.png, grid.json and a folder for each cell, such as m2-i1")
     for name in ("merges", "injections"):
-        parser.add_argument(f"--max-{name}", default="0-6", metavar="COUNTS", help="such as 0-6, 2 or 0,2,4 (%(default)s)")
+        parser.add_argument(
+            f"--max-{name}", default="0-6", metavar="COUNTS", help="such as 0-6, 2 or 0,2,4 (%(default)s)"
+        )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (%(default)s)")
     add_settings(parser)
     parser.set_defaults(run=run_sweep)
@@ -146,9 +148,7 @@ MACHINE = ("device", "precision", "report_to")
 
 def run_glue(args: argparse.Namespace) -> None:
     "Fine-tune, then say how good and where."
-    job = prepare_or_exit(
-        glue_run, args.task, args.method, args.model, args.output_dir, args.resume, changes_of(args)
-    )
+    job = prepare_or_exit(glue_run, args.task, args.method, args.model, args.output_dir, args.resume, changes_of(args))
     record = carry_out(job)
     if is_first():
         print(summary(job, record))

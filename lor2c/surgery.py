@@ -7,7 +7,7 @@ __all__ = ['NOT_HERE', 'KEEP', 'tuner_of', 'refuse', 'full', 'spectra', 'scores_
            'is_moment', 'Change', 'merge_modules', 'inject_lora', 'operate', 'pairs_of', 'by_part', 'size',
            'data_parallel', 'rebuild', 'reshard', 'shard_residuals', 'is_sharded', 'check_units', 'check_sharding']
 
-# %% ../nbs/api/20_surgery.ipynb #c09f827e
+# %% ../nbs/api/20_surgery.ipynb #814f8e39
 import gc
 import inspect
 import sys
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer

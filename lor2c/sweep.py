@@ -65,7 +65,9 @@ def check_counts(name: str, counts: Sequence[int], layers: int) -> None:
     wrong = [n for n in counts if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= layers]
     if wrong or not counts or len(set(counts)) < len(counts):
         found = ", ".join(map(str, wrong or counts)) or "none"
-        raise ValueError(f"{name} must be different whole numbers from 0 to {layers}, the number of layers: found {found}")
+        raise ValueError(
+            f"{name} must be different whole numbers from 0 to {layers}, the number of layers: found {found}"
+        )
 
 
 def cell_name(limits: tuple[int, int]) -> str:
@@ -185,14 +187,23 @@ def summary_of(record: dict[str, Any]) -> dict[str, Any]:
     names = dict(zip(("max_merges", "max_injections"), limits_of(record), strict=True))
     best, metric = record["metrics"]["best"], record["metrics"]["chosen_by"]
     sizes = {name: record[name] for name in ("adapter_parameters", "trainable_parameters", "seconds")}
-    return {"cell": cell_name(limits_of(record)), **names, metric: best[metric], "epoch": best["epoch"], **made, **sizes}
+    return {
+        "cell": cell_name(limits_of(record)),
+        **names,
+        metric: best[metric],
+        "epoch": best["epoch"],
+        **made,
+        **sizes,
+    }
 
 
 def describe_cell(record: dict[str, Any]) -> str:
     "A finished cell in a few words."
     metric, best = record["metrics"]["chosen_by"], record["metrics"]["best"]
     score = f"{metric.replace('_', ' ')} {score_of(record):.4f} at epoch {best['epoch']:g}"
-    made = "" if moves_of(record) == limits_of(record) else ", {} merges and {} injections made".format(*moves_of(record))
+    made = (
+        "" if moves_of(record) == limits_of(record) else ", {} merges and {} injections made".format(*moves_of(record))
+    )
     return f"{cell_name(limits_of(record))}  {score}, {record['adapter_parameters']:,} adapter parameters{made}"
 
 # %% ../nbs/api/35_sweep.ipynb #5099c51f
@@ -222,7 +233,9 @@ def begin_worker(threads: int, verbosity: int, alive: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity(verbosity)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system's, which outlives a process that ends at once
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is a semaphore of the system's, which outlives a process that ends at once
     threading.Thread(target=end_with, args=(alive,), daemon=True).start()
 
 

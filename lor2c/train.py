@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'Progress', 'history_of', 'describe_move', 'is_score', 'say', 'duration', 'check_device',
-           'training_arguments', 'Job', 'versions', 'epochs_of', 'make_record', 'claim', 'check_free',
+           'training_arguments', 'Job', 'versions', 'epochs_of', 'make_record', 'claim', 'as_started', 'check_free',
            'check_report_to', 'prepare', 'callbacks_of', 'make_trainer', 'carry_out', 'relocate', 'announce', 'train']
 
 # %% ../nbs/api/33_train.ipynb #d3f809fa
@@ -231,7 +231,7 @@ def make_record(job: Job, trainer: Trainer) -> dict[str, Any]:
         "versions": versions(),
     }
 
-# %% ../nbs/api/33_train.ipynb #d9ad6743
+# %% ../nbs/api/33_train.ipynb #bbc0a695
 MAY_DIFFER = {"device", "report_to"}  # where a run computes and reports
 
 
@@ -244,15 +244,22 @@ def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
     if not resume:
         state = "a finished" if finished.exists() else "an unfinished"
         raise ValueError(f"{folder} holds {state} run: add --resume to go on with it, or name another --output-dir")
-    asked, before = dataclasses.asdict(run), json.loads(started.read_text(encoding="utf-8"))
+    asked, before = as_started(run), json.loads(started.read_text(encoding="utf-8"))
     if not isinstance(before, dict):
         raise ValueError(f"{started} is damaged: name another --output-dir")
+    before.setdefault("processes", 1)
+    may_differ = MAY_DIFFER | {"processes"} if finished.exists() else MAY_DIFFER
     other = [
-        f"{k} was {before.get(k)!r}, now {asked[k]!r}" for k in asked.keys() - MAY_DIFFER if before.get(k) != asked[k]
+        f"{k} was {before.get(k)!r}, now {asked[k]!r}" for k in asked.keys() - may_differ if before.get(k) != asked[k]
     ]
     if other:
         raise ValueError(f"the run in {folder} cannot be resumed with other settings: {'; '.join(sorted(other))}")
     return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else None
+
+
+def as_started(run: Run) -> dict[str, Any]:
+    "What a run has to be resumed with: its settings, and the number of processes that share its rows."
+    return {**dataclasses.asdict(run), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
 
 def check_free(folder: Path) -> None:
@@ -324,7 +331,7 @@ def carry_out(
         return job.record
     run, folder, checkpoint = job.run, job.folder, last_complete_checkpoint(job.folder / "checkpoints")
     if job.args.process_index == 0:
-        write_json(folder / "run.json", dataclasses.asdict(run))
+        write_json(folder / "run.json", as_started(run))
         announce(job, checkpoint)
         if checkpoint:
             relocate(checkpoint)

@@ -284,7 +284,7 @@ def pair_for(
     B = torch.zeros_like(B) if source is None else B
     return tuple(p if p.device == home or (share and p is A) else nn.Parameter(p.detach().to(home)) for p in (A, B))
 
-# %% ../nbs/api/16_tuner.ipynb #1414dc1a
+# %% ../nbs/api/16_tuner.ipynb #4eb983dc
 RESIDUAL = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>A|B|span)")
 INJECTED = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lor2c_injected")
 
@@ -330,7 +330,7 @@ def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConf
         same("a width of", d, width)
         same("rank", r, config.r)
         spans.append((start, end))
-    for module, (one, depth) in lora.items():
+    for module, (_, depth) in lora.items():
         same("layers at", module[: len(path)], path)
         same("a depth of", depth, len(layers))
     layout = Layout(len(layers), tuple(spans), tuple({one for one, _ in lora.values()}))

@@ -167,8 +167,8 @@ def test_a_loop_of_ones_own_ends_as_the_trainer(tmp_path, accumulation):
 
     wanted = IMCallback(1, 1)
     trainer = trainer_of(
-        tmp_path, wanted, callbacks=[Seed()], lr_scheduler_type="constant", max_grad_norm=0.0, gradient_accumulation_steps=accumulation,
-        num_train_epochs=8, weight_decay=0.01, train_sampling_strategy="sequential",
+        tmp_path, wanted, callbacks=[Seed()], gradient_accumulation_steps=accumulation, weight_decay=0.01,
+        lr_scheduler_type="constant", max_grad_norm=0.0, train_sampling_strategy="sequential",
     )  # fmt: skip
     trainer.train()
 

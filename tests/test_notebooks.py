@@ -20,7 +20,8 @@ def wanted(cell: nbformat.NotebookNode) -> bool:
     return not NEVER.search(cell.source) and (bool(os.environ.get("LOR2C_SLOW")) or not SLOW.search(cell.source))
 
 
-NEEDS_GLUE = {"nbs/tutorials/glue.ipynb"}  # the others show less where there is no GLUE; no test asks the hub
+# The others show less where there is no GLUE; no test asks the hub.
+NEEDS_GLUE = {"nbs/tutorials/glue.ipynb", "nbs/tutorials/imlor2c.ipynb"}
 
 
 def has_glue() -> bool:

@@ -19,6 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workers.training import model
 
 from lor2c import surgery
+from lor2c.callback import IMCallback
+from lor2c.cli import main
 from lor2c.data import demo_model, load_demo
 from lor2c.train import last_complete_checkpoint
 
@@ -319,11 +321,19 @@ def test_the_adapter_is_what_the_record_says(undisturbed):
     assert F.cross_entropy(logits, labels).item() == pytest.approx(best["loss"], abs=1e-4)
 
 
+def test_decisions_of_other_processes_are_refused():
+    """A merge at the end of an epoch of 4 steps, in two processes; the epochs of one have 8."""
+    changer = IMCallback(max_merges=1, max_injections=0)
+    changer.history = [{"step": 4, "move": {"kind": "merge"}}]
+    with pytest.raises(RuntimeError, match="a decision of step 4, merge, that this training has not"):
+        changer.begin(model(), steps=24, steps_per_epoch=8, step=4)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_killed_and_resumed_is_the_undisturbed_run(undisturbed, glue_data, tmp_path):
+def test_killed_and_resumed_is_the_undisturbed_run(undisturbed, glue_data, tmp_path, capsys):
     """SIGKILL to all after a changed structure's checkpoint; refused without --resume; then the same to the last bit."""
     process, checkpoints = start(*command(glue_data, tmp_path / "run")), tmp_path / "run" / "checkpoints"
     try:
@@ -341,6 +351,9 @@ def test_killed_and_resumed_is_the_undisturbed_run(undisturbed, glue_data, tmp_p
     before = contents(tmp_path / "run")
     again = finish(start(*command(glue_data, tmp_path / "run")))
     assert again.returncode != 0 and "holds an unfinished run: add --resume" in again.stderr
+    with pytest.raises(SystemExit, match="2"):  # one process for two
+        main([*map(str, command(glue_data, tmp_path / "run")[len(TORCHRUN) + 2 :]), "--resume"])
+    assert "processes was 2, now 1" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
 
     done = succeeded(start(*command(glue_data, tmp_path / "run"), "--resume"))
