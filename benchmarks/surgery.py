@@ -76,11 +76,15 @@ def main() -> None:
     merges = [seconds(lambda i=i: choose_and_merge(i)) for i in range(rounds)]
     injections = [seconds(lambda i=i: choose_and_inject(i)) for i in range(rounds)]
     full = seconds(lambda: torch.linalg.svdvals(B @ A))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; median (slowest) of {rounds}, {layers} residuals")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; median (slowest) of {rounds}, {layers} residuals"
+    )
     for name, found in (("scoring", scoring), ("scoring + merge", merges), ("scoring + injection", injections)):
         print(f"{name:20} {1e3 * statistics.median(found):7.0f} ms ({1e3 * max(found):.0f} ms)")
     times = layers * full / statistics.median(scoring)
-    print(f"one full SVD of a d x d product {full:.1f} s, times {layers}: {layers * full:.0f} s, {times:,.0f} times the scoring")
+    print(
+        f"one full SVD of a d x d product {full:.1f} s, times {layers}: {layers * full:.0f} s, {times:,.0f} times the scoring"
+    )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@
 __all__ = ['write_json', 'save_whole', 'read_adapter', 'last_complete_checkpoint', 'is_complete', 'describe', 'is_part', 'draw',
            'describe_pair', 'describe_lora']
 
-# %% ../nbs/api/31_adapters.ipynb #a064b567
+# %% ../nbs/api/31_adapters.ipynb #c013f4f1
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -66,7 +67,7 @@ def read_adapter(
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {folder} is damaged, perhaps cut off while copying: {error}") from error
 
-# %% ../nbs/api/31_adapters.ipynb #d5990d5c
+# %% ../nbs/api/31_adapters.ipynb #e8f0694a
 def last_complete_checkpoint(
     folder: str | Path,  # a Trainer's output_dir
 ) -> Path | None:
@@ -86,8 +87,11 @@ def is_complete(checkpoint: Path) -> bool:
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
-    there = {p.name for p in checkpoint.iterdir()}
-    return bool(weights) and {"optimizer.pt", "scheduler.pt"} <= there and any(n.startswith("rng_state") for n in there)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # each writes the state of its own random numbers
+    numbers = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state*.pth"]
+    files = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
+    files += [next(checkpoint.glob(name), checkpoint / name) for name in numbers]
+    return bool(weights) and all(is_zipfile(file) for file in files)
 
 # %% ../nbs/api/31_adapters.ipynb #6c8de3be
 def describe(
