@@ -312,7 +312,7 @@ def classify(
         top = model(**batch).logits.softmax(-1).max(-1)
     return [(DEMO.labels[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
-# %% ../nbs/api/40_cli.ipynb #b0603a84
+# %% ../nbs/api/40_cli.ipynb #375eb375
 def main(
     argv: Sequence[str] | None = None,  # arguments; those of the process if None
 ) -> None:
@@ -336,6 +336,7 @@ def quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"lor2c: note: {message}\n"
 
 
 if __name__ == "__main__" and "__file__" in globals():  # python -m lor2c.cli, and not a cell of a notebook

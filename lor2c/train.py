@@ -231,7 +231,7 @@ def make_record(job: Job, trainer: Trainer) -> dict[str, Any]:
         "versions": versions(),
     }
 
-# %% ../nbs/api/33_train.ipynb #bbc0a695
+# %% ../nbs/api/33_train.ipynb #0bf08dec
 MAY_DIFFER = {"device", "report_to"}  # where a run computes and reports
 
 
@@ -366,6 +366,8 @@ def announce(job: Job, checkpoint: Path | None) -> None:
     print(f"{what} | {len(job.data['train']):,} rows, {epochs}, lr {run.lr:g}, {job.args.device.type}", flush=True)
     if checkpoint:
         print(f"going on from {checkpoint.name}", flush=True)
+    elif any((job.folder / "checkpoints").glob("checkpoint-*")):
+        print("no checkpoint is whole: from the start", flush=True)
 
 
 def train(

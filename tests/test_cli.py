@@ -141,10 +141,16 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["--precision", "fp8"], "unknown precision 'fp8'"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--max-length", "2"], "max_length"),
+        (["--max-merges", "2"], "method 'lor2c' has no max_merges: choose one of imlor2c, mergelor2c"),
+        (["--method", "imlor2c", "--max-injections", "-1"], "max_injections must be a whole number of at least 0, found -1"),
+        (["--method", "imlor2c", "--rules", "code"], "unknown rules 'code': choose one of paper, reference"),
+        (["--method", "imlor2c", "--score", "rank"], "unknown score 'rank': choose one of sfs, mean"),
+        (["--method", "imlor2c", "--sfs-k", "8"], "k of SFS must be a whole number from 1 to r - 1 = 7, found 8"),
+        (["--method", "lora", "--share"], "share is for the LoR2C methods, not for 'lora'"),
         (["--model", "no-such/model"], "pass the path of a local model"),
         (["--task", "rte"], "rte"),
     ],
-    ids=lambda v: v[0].removeprefix("--") + "=" + v[1] if isinstance(v, list) else "",
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_wrong_input_is_one_line(capsys, glue_data, tmp_path, changes, message):
     error = refused(capsys, *RUN, "--data-dir", glue_data, "--output-dir", tmp_path / "run", *changes)
