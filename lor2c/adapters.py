@@ -67,7 +67,7 @@ def read_adapter(
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {folder} is damaged, perhaps cut off while copying: {error}") from error
 
-# %% ../nbs/api/31_adapters.ipynb #e8f0694a
+# %% ../nbs/api/31_adapters.ipynb #c3afa8d4
 def last_complete_checkpoint(
     folder: str | Path,  # a Trainer's output_dir
 ) -> Path | None:
@@ -79,7 +79,8 @@ def last_complete_checkpoint(
 
 def is_complete(checkpoint: Path) -> bool:
     "Whether all that a Trainer goes on from is there, and its state and weights can be read."
-    weights = [*checkpoint.glob("adapter_model.safetensors"), *checkpoint.glob("model*.safetensors")]
+    names = ("adapter_model.safetensors", "*/adapter_model.safetensors", "model*.safetensors")  # */: an adapter's name
+    weights = [file for name in names for file in checkpoint.glob(name)]
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         for file in weights:

@@ -6,10 +6,11 @@
 __all__ = ['RULES', 'Settings', 'scores_by', 'choose', 'agreed', 'IMCallback', 'too_many', 'gradient_norms',
            'untrained_by_reference']
 
-# %% ../nbs/api/21_callback.ipynb #6f410118
+# %% ../nbs/api/21_callback.ipynb #4c482222
 import dataclasses
 import math
 import warnings
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,17 +20,17 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .injection import find_qv, injected
-from .layout import Layout, choose_injection, choose_merge, layers_needed
+from .layout import Layout, check_lora, choose_injection, choose_merge, layers_needed, legal_injections
 from .schedule import SCHEDULES, Due, check_limit, plan, remarks
 from .sfs import SCORES, check_k, mean_singular_value, score, top_share
 from .stack import find_layers
 from lor2c.surgery import (
     KEEP,
     Change,
+    check_optimizer,
     check_sharding,
     full,
     inject_lora,
-    inner_optimizer,
     merge_modules,
     pairs_of,
     size,
@@ -37,7 +38,7 @@ from lor2c.surgery import (
     tuner_of,
 )
 
-# %% ../nbs/api/21_callback.ipynb #bad42132
+# %% ../nbs/api/21_callback.ipynb #381d8fcc
 RULES = ("paper", "reference")
 
 
@@ -72,8 +73,12 @@ class Settings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        if self.longest is not None and self.longest < 2:
-            raise ValueError(f"longest must be at least 2 layers, found {self.longest!r}")
+        check_lora(1 if self.inject_r is None else self.inject_r, 1 if self.inject_alpha is None else self.inject_alpha)
+        if self.longest is not None and not (isinstance(self.longest, int) and self.longest >= 2):
+            raise ValueError(f"longest must be a whole number of at least 2 layers, found {self.longest!r}")
+        decided = [name for name in ("score", "inject", "keep") if getattr(self, name) != getattr(Settings, name)]
+        if self.rules == "reference" and decided:
+            raise ValueError(f"rules='reference' decides about {decided[0]} as the reference code does: leave it out")
 
 # %% ../nbs/api/21_callback.ipynb #ba328dde
 def scores_by(
@@ -120,18 +125,22 @@ def agreed(value: Any) -> Any:
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/api/21_callback.ipynb #e030dba1
+# %% ../nbs/api/21_callback.ipynb #192590d8
 class IMCallback(TrainerCallback, ExportableState):
     """Merges and injects while any Trainer trains; its arguments are the fields of `Settings`.
 
     In a loop of your own: `begin` before it, `before_step` before each optimizer step, `after_step` after it, `finish` at
-    the end. `history` holds an entry for every epoch and every decision. Raises ValueError or TypeError, before training,
-    where the structure could not change as asked. Source: LoR2C section IV-B.
+    the end. `history` holds an entry for every epoch and every decision; gradient norms are those that the optimizer gets,
+    after clipping. With `restore_callback_states_from_checkpoint` a resuming Trainer puts a callback with the
+    checkpoint's settings in the place of this one. Raises ValueError or TypeError, before training, where the structure
+    could not change as asked. Source: LoR2C section IV-B.
     """
 
     def __init__(self, max_merges: int = 3, max_injections: int = 3, **settings: Any) -> None:
         self.settings = Settings(max_merges, max_injections, **settings)
         self.history: list[dict[str, Any]] = []
+        self.due: list[Due] = []
+        self.step, self._gradients = 0, {}
 
     def state(self) -> dict[str, Any]:
         "What a Trainer writes into its checkpoints."
@@ -143,15 +152,15 @@ class IMCallback(TrainerCallback, ExportableState):
         "ValueError or TypeError where this model's structure could not be changed as asked."
         tuner, settings = tuner_of(model), self.settings
         if optimizer is not None:
-            inner_optimizer(optimizer)
+            check_optimizer(optimizer, tuner, tuner.active_adapters[0])
         config = tuner.peft_config[tuner.active_adapters[0]]
         check_sharding(tuner, tuner.active_adapters[0])
         _, layers = find_layers(tuner.model, config.layers)
         if settings.score == "sfs" and settings.rules == "paper" or settings.sfs_k:
             check_k(settings.sfs_k, config.r)
         if settings.max_injections:
-            for layer in layers:
-                find_qv(layer, tuner.model.config, config.inject_targets)
+            for layer in legal_injections(tuner.layout(tuner.active_adapters[0])):
+                find_qv(layers[layer], getattr(tuner.model, "config", None), config.inject_targets)
 
     def begin(
         self,
@@ -172,7 +181,7 @@ class IMCallback(TrainerCallback, ExportableState):
         self._refuse_others()
         if step == 0:
             for remark in [
-                *too_many(*limits, tuner_of(model).layout(tuner_of(model).active_adapters[0]).depth),
+                *too_many(*limits, self._residuals(model)),
                 *remarks(self.due, *limits, steps),
             ]:
                 warnings.warn(remark, stacklevel=2)
@@ -203,11 +212,13 @@ class IMCallback(TrainerCallback, ExportableState):
     # In a Trainer
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **_: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        if isinstance(saved, dict):
-            self._go_on_from(saved)
-        elif not state.global_step:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, list):
+            raise ValueError(f"one {type(self).__name__} decides about a model's structure, found {len(saved)}")
+        if not state.global_step:
             self.history = []
+        elif saved:
+            self._go_on_from(saved)
         if args.n_gpu > 1:
             raise TypeError(
                 "the structure cannot change under nn.DataParallel: start one process per GPU with torchrun"
@@ -239,10 +250,15 @@ class IMCallback(TrainerCallback, ExportableState):
         self.history = saved["attributes"]["history"]
 
     def _refuse_missed(self, why: str) -> None:
-        taken = {(entry["step"], entry["move"]["kind"]) for entry in self.history if entry["move"]}
-        missed = [due for due in self.due if due.step <= self.step and (due.step, due.move) not in taken]
-        if missed:
-            raise RuntimeError(f"the {missed[0].move} due at step {missed[0].step} was never taken: {why}")
+        taken = Counter((entry["step"], entry["move"]["kind"]) for entry in self.history if entry["move"])
+        missed = Counter((due.step, due.move) for due in self.due if due.step <= self.step) - taken
+        for step, move in missed:
+            raise RuntimeError(f"the {move} due at step {step} was never taken: {why}")
+
+    @staticmethod
+    def _residuals(model: nn.Module) -> int:
+        tuner = tuner_of(model)
+        return len(tuner.layout(tuner.active_adapters[0]).spans)
 
     def _refuse_others(self) -> None:
         due = {(one.step, one.move) for one in self.due}
@@ -261,14 +277,13 @@ class IMCallback(TrainerCallback, ExportableState):
         name = tuner.active_adapters[0]
         layout, width = tuner.layout(name), next(iter(pairs_of(tuner, name).values()), [torch.empty(1, 0)])[0].shape[1]
         scores = scores_by(self.settings, spectra(tuner, name), width)
+        seen = [{"layers": [a, b], "score": scores[a], "gradient": self._gradients.get(a)} for a, b in layout.spans]
         move = None if due is None else self._act(model, optimizer, due, layout, scores)
         after = tuner.layout(name)
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            "residuals": [
-                {"layers": [a, b], "score": scores[a], "gradient": self._gradients.get(a)} for a, b in layout.spans
-            ],
+            "residuals": seen,
             "move": move,
             "spans": [list(span) for span in after.spans],
             "injected": [list(one) for one in after.injected],
@@ -279,20 +294,23 @@ class IMCallback(TrainerCallback, ExportableState):
         arguments = agreed(choose(self.settings, due.move, layout, scores))
         if arguments is None:
             return {"kind": due.move, "what": "no legal move"}
+        if due.move == "merge":  # the gradient that was seen is that of the pair which goes on
+            kept = arguments["first"] if arguments["keep"] == "first" else arguments["second"]
+            self._gradients[arguments["first"]] = self._gradients.get(kept)
         change: Change = {"merge": merge_modules, "inject": inject_lora}[due.move](
             model, **arguments, optimizer=optimizer
         )
         return {"kind": due.move, "what": "done", "layers": list(change.layers), "kept": change.kept}
 
-# %% ../nbs/api/21_callback.ipynb #bb77b07b
-def too_many(merges: int, injections: int, layers: int) -> list[str]:
-    "A sentence where limits are above what so many layers can take."
+# %% ../nbs/api/21_callback.ipynb #7a04ed31
+def too_many(merges: int, injections: int, found: int) -> list[str]:
+    "A sentence where limits are above what so many residuals can take."
     need = layers_needed(merges, injections)
-    if need <= layers:
+    if need <= found:
         return []
     return [
-        f"{merges} merges and {injections} injections need at least {need} layers, the model has {layers}: they are upper "
-        "limits, and some decisions will find no legal move"
+        f"{merges} merges and {injections} injections need at least {need} layers with a residual, the model has {found}: "
+        "they are upper limits, and some decisions will find no legal move"
     ]
 
 

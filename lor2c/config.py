@@ -42,7 +42,7 @@ def refuse_other_names(cls: type) -> type:
     cls.__init__ = checked_init
     return cls
 
-# %% ../nbs/api/12_config.ipynb #e9c3bbb3
+# %% ../nbs/api/12_config.ipynb #1baa704b
 @refuse_other_names
 @dataclass
 class LoR2CConfig(PeftConfig):
@@ -83,7 +83,7 @@ class LoR2CConfig(PeftConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, found {self.dropout!r}")
         if self.injected is not None:  # JSON makes strings of the layers
-            self.injected = {int(layer): [int(r), alpha] for layer, (r, alpha) in self.injected.items()} or None
+            self.injected = {int(layer): [r, alpha] for layer, (r, alpha) in self.injected.items()} or None
         if self.spans is not None:
             pairs = [as_span(span) for span in self.spans]
             self.layout(max([0, *(self.injected or {}), *(end for _, end in pairs)]) + 1)
@@ -91,7 +91,7 @@ class LoR2CConfig(PeftConfig):
 
     def layout(self, depth: int) -> Layout:
         "The structure that this configuration asks for on a stack of `depth` layers; ValueError where it does not fit."
-        injected = [Injection(layer, check_rank(r), alpha) for layer, (r, alpha) in (self.injected or {}).items()]
+        injected = [Injection(layer, r, alpha) for layer, (r, alpha) in (self.injected or {}).items()]
         taken = {one.layer for one in injected}
         spans = [span for span in check_spans(self.spans, depth) if self.spans is not None or span[0] not in taken]
         return Layout(depth, tuple(spans), tuple(injected))

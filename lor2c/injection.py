@@ -116,7 +116,7 @@ class FusedUp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., 2 r) -> (..., out)
         return F.linear(x, self.weight)
 
-# %% ../nbs/api/14_injection.ipynb #d32cfd8a
+# %% ../nbs/api/14_injection.ipynb #8ce02048
 def add_lora(
     model: nn.Module,  # the base model
     layers: nn.ModuleList,
@@ -127,14 +127,13 @@ def add_lora(
 ) -> list[LoraLayer]:
     "Put adapter `name` on q and v of layer `one.layer`, B zero, as PEFT would; ValueError where there are none."
     layer = layers[one.layer]
-    added = []
-    for path, rows in find_qv(layer, getattr(model, "config", None), targets).items():
-        parent, child = layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-        lora = with_lora(model, getattr(parent, child), one, name, dropout, rows)
-        setattr(parent, child, lora)
+    qv = find_qv(layer, getattr(model, "config", None), targets)
+    made = {path: with_lora(model, layer.get_submodule(path), one, name, dropout, rows) for path, rows in qv.items()}
+    for path, lora in made.items():  # now that PEFT has taken all of them
+        setattr(layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], lora)
         mark(lora, name, one, len(layers))
-        added.append(lora.train(layer.training))
-    return added
+        lora.train(layer.training)
+    return list(made.values())
 
 
 def with_lora(
@@ -146,7 +145,10 @@ def with_lora(
     config = LoraConfig(r=both * one.r, lora_alpha=both * one.alpha, lora_dropout=dropout, fan_in_fan_out=transposed)
     how = dict(r=config.r, lora_alpha=config.lora_alpha)
     if isinstance(target, LoraLayer):
+        trained = {p: p.requires_grad for p in target.parameters()}
         target.update_layer(name, config=config, **how)
+        for p, was in trained.items():  # PEFT switches the active adapters on
+            p.requires_grad_(was)
         lora = target
     else:
         lora = LoraModel._create_new_module(config, name, target, **how, **quantisation(model))

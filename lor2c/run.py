@@ -31,7 +31,7 @@ from .compat import DUMMY_TARGET_MODULES
 from .config import LoR2CConfig
 from .data import DEMO, Task, demo_model, glue_task, load_demo, load_glue, tokenize
 
-# %% ../nbs/api/32_run.ipynb #16ce0c07
+# %% ../nbs/api/32_run.ipynb #8f8f3756
 METHODS = ("head", "full", "lora", "lor2c", "sharelor2c", "imlor2c", "mergelor2c", "injectlor2c")
 CHANGING = {
     "imlor2c": ("max_merges", "max_injections"),
@@ -83,6 +83,9 @@ class Run:
             if getattr(self, name) and name not in CHANGING.get(self.method, ()):
                 allowed = [method for method, limits in CHANGING.items() if name in limits]
                 raise ValueError(f"method {self.method!r} has no {name}: choose one of {', '.join(allowed)}")
+        for name in ("schedule", "score", "sfs_k", "rules"):
+            if self.method not in CHANGING and getattr(self, name) != getattr(Run, name):
+                raise ValueError(f"method {self.method!r} has no {name}: choose one of {', '.join(CHANGING)}")
         if self.share and "lor2c" not in self.method:
             raise ValueError(f"share is for the LoR2C methods, not for {self.method!r}")
         self.settings()
@@ -100,7 +103,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
 
-# %% ../nbs/api/32_run.ipynb #2608c46f
+# %% ../nbs/api/32_run.ipynb #9c365a07
 RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "mnli": (30, 128, 256, 5e-4),
     "mrpc": (30, 64, 256, 4e-4),
@@ -136,8 +139,12 @@ def demo_run(
 ) -> Run:
     "A run on the demo set, small enough for a laptop's CPU: 3,000 snippets, two epochs."
     one_of("method", method, METHODS)
-    settings = dict.fromkeys(CHANGING.get(method, ()), 1) | dict(schedule="fractional", max_train_samples=3000, seed=0)
-    run = Run("demo", method, "minilm", 2, 32, 64, DEMO_LR.get(method, 2e-3), **settings)
+    settings: dict[str, Any] = dict.fromkeys(CHANGING.get(method, ()), 1)
+    if method in CHANGING:
+        settings["schedule"] = "fractional"
+    run = Run(
+        "demo", method, "minilm", 2, 32, 64, DEMO_LR.get(method, 2e-3), max_train_samples=3000, seed=0, **settings
+    )
     return replace(run, **{name: value for name, value in changes.items() if value is not None})
 
 # %% ../nbs/api/32_run.ipynb #81edc31f

@@ -67,14 +67,14 @@ def check_limit(move: str, limit: int) -> None:
         name = {"merge": "max_merges", "inject": "max_injections"}[move]
         raise ValueError(f"{name} must be a whole number of at least 0, found {limit!r}")
 
-# %% ../nbs/api/03_schedule.ipynb #34d2e78b
+# %% ../nbs/api/03_schedule.ipynb #3fda45fc
 def remarks(
     decisions: list[Due],
     max_merges: int,
     max_injections: int,
     steps: int,
 ) -> list[str]:
-    "What is not as the paper has it: decisions that do not fit into the run, or that fall into its second half."
+    "What is not as the paper has it: decisions that do not fit, fall into the second half, or on the same step."
     found = []
     for move, limit in (("merge", max_merges), ("inject", max_injections)):
         fit = [due for due in decisions if due.move == move]
@@ -86,4 +86,6 @@ def remarks(
         if late := [due for due in fit if due.step > steps / 2]:
             epochs = ", ".join(f"{due.epoch:g}" for due in late)
             found.append(f"{move} decisions fall into the second half of training, at epoch {epochs}")
+        if crowded := len(fit) - len({due.step for due in fit}):
+            found.append(f"{crowded} {move} decisions fall on the step of another: the run is too short for so many")
     return found

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['NOT_HERE', 'KEEP', 'tuner_of', 'refuse', 'full', 'spectra', 'scores_of', 'inner_optimizer', 'sync_optimizer',
-           'is_moment', 'Change', 'merge_modules', 'inject_lora', 'operate', 'pairs_of', 'by_part', 'size',
-           'data_parallel', 'rebuild', 'reshard', 'shard_residuals', 'is_sharded', 'check_units', 'check_sharding']
+           'is_moment', 'Change', 'merge_modules', 'inject_lora', 'operate', 'pairs_of', 'by_host', 'parameters_of',
+           'size', 'check_optimizer', 'data_parallel', 'rebuild', 'reshard', 'shard_residuals', 'is_sharded',
+           'check_units', 'check_sharding']
 
-# %% ../nbs/api/20_surgery.ipynb #814f8e39
+# %% ../nbs/api/20_surgery.ipynb #b77a62c7
 import gc
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .injection import injected
+from .injection import injected, read_mark
 from .layout import Layout, Span
 from .lowrank import singular_values
 from .residual import residuals
@@ -66,7 +67,7 @@ def refuse(wrapper: Any) -> None:
         if kind.__name__ in NOT_HERE:
             raise TypeError(f"the structure cannot change under {kind.__name__}: {NOT_HERE[kind.__name__]}")
 
-# %% ../nbs/api/20_surgery.ipynb #57227e7c
+# %% ../nbs/api/20_surgery.ipynb #6aa84e9f
 def full(tensor: Tensor) -> Tensor:
     "The whole of a tensor that may be sharded over processes."
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
@@ -86,6 +87,8 @@ def spectra(
         torch.stack([full(getattr(found[start], part)[adapter_name]).to(home) for start in starts])
         for part in ("lor2c_A", "lor2c_B")
     )
+    if not (A.isfinite().all() and B.isfinite().all()):
+        raise ValueError("a residual holds numbers that are not finite: training diverged, try a smaller learning rate")
     return dict(zip(starts, singular_values(A, B, found[starts[0]].scaling[adapter_name]), strict=True))
 
 
@@ -99,7 +102,7 @@ def scores_of(
     values = spectra(model, adapter_name)
     return dict(zip(values, score_of(torch.stack(list(values.values())), how, k), strict=True)) if values else {}
 
-# %% ../nbs/api/20_surgery.ipynb #604c5a34
+# %% ../nbs/api/20_surgery.ipynb #1e9ad93f
 def inner_optimizer(optimizer: Any) -> Optimizer:
     "The torch optimizer inside accelerate's wrapper. Raises TypeError for what is none."
     refuse(optimizer)
@@ -117,26 +120,31 @@ def sync_optimizer(
     model: nn.Module,
     joins: Mapping[nn.Parameter, nn.Parameter],  # new parameter -> an old one, whose group it joins
     heirs: Mapping[nn.Parameter, nn.Parameter] | None = None,  # new parameter -> the old one whose state it takes over
+    gone: Collection[nn.Parameter] = (),  # parameters that the model had and has no more
 ) -> None:
-    """Make an optimizer follow the model: the same groups, with the trained parameters in the model's order.
+    """Make an optimizer follow the model: the same groups, their members in the model's order, without what is `gone`.
 
     Checkpoints match state and parameters by position, so the order is part of it. Learning rate schedules go on, since
-    no group comes or goes. Trained parameters that the optimizer did not have, and that join no old one, stay out.
+    no group comes or goes. What else the optimizer holds, of this model or of another, stays in it.
     """
     inner = inner_optimizer(optimizer)
     group_of = {p: i for i, group in enumerate(inner.param_groups) for p in group["params"]}
     for new, old in joins.items():
         if old in group_of:
-            group_of.setdefault(new, group_of[old])
+            group_of[new] = group_of[old]
     for new, old in (heirs or {}).items():
         if old in inner.state:
             moved = inner.state.pop(old).items()
             inner.state[new] = {key: value.to(new.device) if is_moment(value) else value for key, value in moved}
-    alive = [p for p in model.parameters() if p.requires_grad and p in group_of]
+    place = {p: i for i, p in enumerate(model.parameters())}
+    members = [p for p in group_of if p not in gone]
     for i, group in enumerate(inner.param_groups):
-        group["params"] = [p for p in alive if group_of[p] == i]
-    for dead in set(inner.state) - set(alive):
-        del inner.state[dead]
+        own = [p for p in members if group_of[p] == i]
+        group["params"][:] = sorted(
+            own, key=lambda p: place.get(p, len(place))
+        )  # what is not the model's: last, as it was
+    for dead in gone:
+        inner.state.pop(dead, None)
 
 
 def is_moment(value: Any) -> bool:
@@ -210,7 +218,7 @@ def inject_lora(
     counts = operate(model, optimizer, name, after)
     return Change("inject", (layer_idx, layer_idx), f"LoRA of rank {r}, alpha {alpha:g}", after, counts)
 
-# %% ../nbs/api/20_surgery.ipynb #1c095003
+# %% ../nbs/api/20_surgery.ipynb #b36d40d3
 def operate(
     model: nn.Module,
     optimizer: Any,
@@ -224,15 +232,19 @@ def operate(
     wrappers = data_parallel(model, tuner)
     reshard(model)
     check_sharding(tuner, name)
-    old, pairs, before = by_part(tuner, name), pairs_of(tuner, name), size(tuner, name)
+    if inner is not None:
+        check_optimizer(inner, tuner, name)
+    old, pairs, before = parameters_of(tuner, name), pairs_of(tuner, name), size(tuner, name)
+    hosts = {host: found[0] for host, found in by_host(tuner, name).items()}
     tuner.set_layout(after, name, moved)
     if is_sharded(tuner):
         shard_residuals(tuner, **tuner.sharding)
     if inner is not None:
-        joins = {p: old[part][0] for part, found in by_part(tuner, name).items() for p in found}
+        joins = {p: hosts[host] for host, found in by_host(tuner, name).items() if host in hosts for p in found}
         now = pairs_of(tuner, name)
         heirs = {p: q for new, source in (moved or {}).items() for p, q in zip(now[new], pairs[source], strict=True)}
-        sync_optimizer(inner, model, joins, {p: q for p, q in heirs.items() if p is not q})
+        gone = old - parameters_of(tuner, name)
+        sync_optimizer(inner, model, joins, {p: q for p, q in heirs.items() if p is not q}, gone)
     for wrapper in wrappers:
         rebuild(wrapper)
     if "torch._dynamo" in sys.modules:
@@ -245,22 +257,40 @@ def pairs_of(model: nn.Module, name: str) -> dict[Span, tuple[nn.Parameter, nn.P
     return {(m.start[name], m.end): (m.lor2c_A[name], m.lor2c_B[name]) for _, m in residuals(model) if name in m.start}
 
 
-def by_part(model: nn.Module, name: str) -> dict[str, list[nn.Parameter]]:
-    "An adapter's down-projections and its up-projections, residuals and injected LoRA alike."
-    pairs = pairs_of(model, name).values()
-    found = {"A": [A for A, _ in pairs], "B": [B for _, B in pairs]}
+def by_host(model: nn.Module, name: str) -> dict[tuple[int, str], list[nn.Parameter]]:
+    "(layer, 'A' or 'B') -> an adapter's parameters there: where a residual ends, or LoRA was injected."
+    found = {
+        (end, part): [p] for (_, end), pair in pairs_of(model, name).items() for part, p in zip("AB", pair, strict=True)
+    }
     for _, lora in injected(model):
         if name in lora.lora_A:
-            found["A"] += lora.lora_A[name].parameters()
-            found["B"] += lora.lora_B[name].parameters()
+            layer = read_mark(lora.lor2c_injected[name])[0].layer
+            for part, module in (("A", lora.lora_A[name]), ("B", lora.lora_B[name])):
+                found.setdefault((layer, part), []).extend(module.parameters())
     return found
 
 
-def size(model: nn.Module, name: str) -> int:
-    "How many numbers an adapter has, heads apart; a shared A counts once."
-    return sum(p.numel() for p in set(sum(by_part(model, name).values(), [])))
+def parameters_of(model: nn.Module, name: str) -> set[nn.Parameter]:
+    "All parameters of an adapter, heads apart; a shared A is one of them, once."
+    return {p for found in by_host(model, name).values() for p in found}
 
-# %% ../nbs/api/20_surgery.ipynb #c95c958e
+
+def size(model: nn.Module, name: str) -> int:
+    "How many numbers an adapter has, heads apart."
+    return sum(p.numel() for p in parameters_of(model, name))
+
+
+def check_optimizer(optimizer: Any, model: nn.Module, name: str) -> None:
+    "ValueError where an optimizer does not hold all trained parameters of an adapter."
+    held = {p for group in inner_optimizer(optimizer).param_groups for p in group["params"]}
+    trained = [p for p in parameters_of(model, name) if p.requires_grad]
+    if lost := sum(p not in held for p in trained):
+        raise ValueError(
+            f"the optimizer lacks {lost} of the adapter's {len(trained)} trained parameters: it belongs to an earlier "
+            "structure or to another model. Make a new one (in a Trainer: trainer.optimizer = None before train())"
+        )
+
+# %% ../nbs/api/20_surgery.ipynb #ddb9cc28
 def data_parallel(model: nn.Module, tuner: LoR2CModel) -> list[DistributedDataParallel]:
     """The DistributedDataParallel around a tuner: `model` itself, or the one that a Trainer keeps to itself.
 
@@ -344,7 +374,7 @@ def check_sharding(tuner: LoR2CModel, name: str) -> None:
     "TypeError where the residuals are sharded as part of a larger unit, which would keep the old ones."
     if is_sharded(tuner):
         check_units(tuner)
-    elif any(isinstance(p, DTensor) for found in by_part(tuner, name).values() for p in found):
+    elif any(isinstance(p, DTensor) for p in parameters_of(tuner, name)):
         raise TypeError(
             "the residuals are sharded inside of their layers' units, so none can come or go: call "
             "lor2c.surgery.shard_residuals(model, mesh=...) before fully_shard on the layers"

@@ -38,7 +38,7 @@ from .stack import find_layers
 from .train import MAY_DIFFER, claim, duration, prepare
 from .train import train as train_run
 
-# %% ../nbs/api/35_sweep.ipynb #de4b7283
+# %% ../nbs/api/35_sweep.ipynb #6e21a724
 def cells(
     base: Run,  # of method imlor2c; its own limits do not count
     merges: Sequence[int],  # values of M_max, such as range(7)
@@ -47,27 +47,25 @@ def cells(
 ) -> list[Run]:
     """One run for each pair of limits that so many layers can reach; equal but for the limits.
 
-    Raises ValueError for another method, and for counts that are none, repeated, negative or above the number of layers.
+    Raises ValueError for another method, for counts that are none, repeated or negative, and where no cell can be reached.
     Source: LoR2C section IV-B.
     """
     if base.method != "imlor2c":
         raise ValueError(f"a sweep is over the limits of method 'imlor2c', found {base.method!r}")
     for name, counts in (("merges", merges), ("injections", injections)):
-        check_counts(name, counts, layers)
+        check_counts(name, counts)
     pairs = [(m, i) for i in injections for m in merges if layers_needed(m, i) <= layers]
     if not pairs:
         raise ValueError(f"no cell can be reached: {unreachable(merges, injections, layers)}")
     return [replace(base, max_merges=m, max_injections=i) for m, i in pairs]
 
 
-def check_counts(name: str, counts: Sequence[int], layers: int) -> None:
-    "ValueError unless counts are different whole numbers from 0 to the number of layers, and at least one."
-    wrong = [n for n in counts if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= layers]
+def check_counts(name: str, counts: Sequence[int]) -> None:
+    "ValueError unless counts are different whole numbers of at least 0, and one or more."
+    wrong = [n for n in counts if isinstance(n, bool) or not isinstance(n, int) or n < 0]
     if wrong or not counts or len(set(counts)) < len(counts):
         found = ", ".join(map(str, wrong or counts)) or "none"
-        raise ValueError(
-            f"{name} must be different whole numbers from 0 to {layers}, the number of layers: found {found}"
-        )
+        raise ValueError(f"{name} must be different whole numbers of at least 0, found {found}")
 
 
 def cell_name(limits: tuple[int, int]) -> str:
@@ -165,7 +163,7 @@ def check_folder(grid: Grid) -> None:
     if other := sorted(f"{name} was {was!r}, now {now!r}" for name, (was, now) in pairs.items() if was != now):
         raise ValueError(f"{grid.folder} belongs to another sweep: {'; '.join(other)}. Name another --output-dir")
 
-# %% ../nbs/api/35_sweep.ipynb #db3cbce2
+# %% ../nbs/api/35_sweep.ipynb #9456affc
 def write_grid(grid: Grid) -> None:
     "grid.json and, once there is a record, grid.png."
     records = list(grid.records.values())
@@ -204,7 +202,9 @@ def describe_cell(record: dict[str, Any]) -> str:
     made = (
         "" if moves_of(record) == limits_of(record) else ", {} merges and {} injections made".format(*moves_of(record))
     )
-    return f"{cell_name(limits_of(record))}  {score}, {record['adapter_parameters']:,} adapter parameters{made}"
+    later = [e for e in record["structure"] if e["move"] and e["move"]["what"] == "done" and e["epoch"] > best["epoch"]]
+    before = f", before {len(later)} of its moves" if later else ""
+    return f"{cell_name(limits_of(record))}  {score}{before}, {record['adapter_parameters']:,} adapter parameters{made}"
 
 # %% ../nbs/api/35_sweep.ipynb #5099c51f
 def attempt(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'Progress', 'history_of', 'describe_move', 'is_score', 'say', 'duration', 'check_device',
-           'training_arguments', 'Job', 'versions', 'epochs_of', 'make_record', 'claim', 'as_started', 'check_free',
-           'check_report_to', 'prepare', 'callbacks_of', 'make_trainer', 'carry_out', 'relocate', 'announce', 'train']
+           'training_arguments', 'Job', 'versions', 'epochs_of', 'make_record', 'claim', 'read_started', 'as_started',
+           'check_free', 'check_report_to', 'prepare', 'callbacks_of', 'make_trainer', 'carry_out', 'relocate',
+           'announce', 'train']
 
 # %% ../nbs/api/33_train.ipynb #d3f809fa
 import dataclasses
@@ -231,7 +232,7 @@ def make_record(job: Job, trainer: Trainer) -> dict[str, Any]:
         "versions": versions(),
     }
 
-# %% ../nbs/api/33_train.ipynb #0bf08dec
+# %% ../nbs/api/33_train.ipynb #497fd3c6
 MAY_DIFFER = {"device", "report_to"}  # where a run computes and reports
 
 
@@ -244,10 +245,7 @@ def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
     if not resume:
         state = "a finished" if finished.exists() else "an unfinished"
         raise ValueError(f"{folder} holds {state} run: add --resume to go on with it, or name another --output-dir")
-    asked, before = as_started(run), json.loads(started.read_text(encoding="utf-8"))
-    if not isinstance(before, dict):
-        raise ValueError(f"{started} is damaged: name another --output-dir")
-    before.setdefault("processes", 1)
+    asked, before = as_started(run), read_started(started)
     may_differ = MAY_DIFFER | {"processes"} if finished.exists() else MAY_DIFFER
     other = [
         f"{k} was {before.get(k)!r}, now {asked[k]!r}" for k in asked.keys() - may_differ if before.get(k) != asked[k]
@@ -255,6 +253,16 @@ def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
     if other:
         raise ValueError(f"the run in {folder} cannot be resumed with other settings: {'; '.join(sorted(other))}")
     return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else None
+
+
+def read_started(file: Path) -> dict[str, Any]:
+    "What a run was started with; a setting that there was not at the time had its default. ValueError for damage."
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        known = {one.name: one.default for one in dataclasses.fields(Run) if one.default is not dataclasses.MISSING}
+        return {**known, "processes": 1, **before}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): name another --output-dir") from None
 
 
 def as_started(run: Run) -> dict[str, Any]:
@@ -339,8 +347,9 @@ def carry_out(
     trainer.accelerator.wait_for_everyone()  # until the first process has written
     set_seed(run.seed)  # what was prepared in between must not change a run
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if not Path(trainer.state.best_model_checkpoint).is_dir():
-        raise RuntimeError(f"the best epoch's checkpoint, {trainer.state.best_model_checkpoint}, is gone")
+    best = trainer.state.best_model_checkpoint  # None where a resumed Trainer did not find it
+    if best is None or not Path(best).is_dir():
+        raise RuntimeError(f"the best epoch's checkpoint, {best or 'of before the interruption'}, is gone")
     trainer.accelerator.wait_for_everyone()  # until all have read the best epoch
     record = make_record(job, trainer)
     if trainer.is_world_process_zero():

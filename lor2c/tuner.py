@@ -205,7 +205,7 @@ def warn_of_frozen_head(model: nn.Module, config: LoR2CConfig) -> None:
         stacklevel=2,
     )
 
-# %% ../nbs/api/16_tuner.ipynb #5661fc25
+# %% ../nbs/api/16_tuner.ipynb #227d333b
 def layout_of(
     model: nn.Module,  # a base model with adapters, or a PEFT model
     adapter_name: str = "default",
@@ -234,30 +234,35 @@ def set_layout(
         return
     check_fit(model, layers, wanted, config)
     pairs = {(m.start[name], m.end): (m.lor2c_A[name], m.lor2c_B[name]) for _, m in residuals(model) if name in m.start}
-    dtype, trained, width, on = *trained_as(model, name), stream_width(model, path), switches(model)
+    (dtype, trained), on = trained_as(model, name), switches(model)
+    fresh, taken = [one for one in wanted.injected if one not in now.injected], {one.layer for one in now.injected}
+
+    def inject(some: Iterable[Injection]) -> None:
+        for one in some:
+            for lora in add_lora(model, layers, one, name, config.dropout, config.inject_targets):
+                switch([lora], on)
+                lora.lora_A[name].to(dtype), lora.lora_B[name].to(dtype)
+                lora.set_requires_grad(name, trained)
+
+    inject(one for one in fresh if one.layer not in taken)  # first, because PEFT may refuse
     take_out(model, name, now, wanted)
     for span in [span for span in wanted.spans if span not in now.spans]:
         like = torch.empty(0, dtype=dtype, device=first_floating(layers[span[1]]).device)
-        pair = pair_for((moved or {}).get(span), pairs, config.share, like.device)
-        added = [add_residual(model, layers, span, width, name, config, like, pair)]
-        switch(added, on)
-        added[0].set_requires_grad(name, trained)
-    for one in [one for one in wanted.injected if one not in now.injected]:
-        added = add_lora(model, layers, one, name, config.dropout, config.inject_targets)
-        switch(added, on)
-        for lora in added:
-            lora.lora_A[name].to(dtype), lora.lora_B[name].to(dtype)
-            lora.set_requires_grad(name, trained)
+        source = (moved or {}).get(span)
+        pair = pair_for(source, pairs, config.share, like.device)
+        residual = add_residual(model, layers, span, stream_width(model, path), name, config, like, pair)
+        switch([residual], on)
+        if source is None:
+            residual.set_requires_grad(name, trained)
+    inject(one for one in fresh if one.layer in taken)
     config.take_layout(wanted)
 
 
 def trained_as(model: nn.Module, name: str) -> tuple[torch.dtype, bool]:
-    "The type of an adapter's parameters, and whether they are trained."
-    pairs = (m.lor2c_B[name] for _, m in residuals(model) if name in m.lor2c_B)
-    loras = (m.lora_A[name].weight for _, m in injected(model) if name in m.lora_A)
-    sample = next(pairs, None)
-    sample = next(loras) if sample is None else sample
-    return sample.dtype, sample.requires_grad
+    "The type of an adapter's parameters, and whether any of them is trained."
+    found = [p for _, m in residuals(model) if name in m.lor2c_B for p in (m.lor2c_A[name], m.lor2c_B[name])]
+    found += [p for _, m in injected(model) if name in m.lora_A for p in m.lora_A[name].parameters()]
+    return found[0].dtype, any(p.requires_grad for p in found)
 
 
 def take_out(model: nn.Module, name: str, now: Layout, wanted: Layout) -> None:
@@ -282,7 +287,11 @@ def pair_for(
         return None
     A, B = next(iter(pairs.values())) if source is None else pairs[source]
     B = torch.zeros_like(B) if source is None else B
-    return tuple(p if p.device == home or (share and p is A) else nn.Parameter(p.detach().to(home)) for p in (A, B))
+    kept = (
+        p if p.device == home or (share and p is A) else nn.Parameter(p.detach().to(home), p.requires_grad)
+        for p in (A, B)
+    )
+    return tuple(kept)
 
 # %% ../nbs/api/16_tuner.ipynb #4eb983dc
 RESIDUAL = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>A|B|span)")

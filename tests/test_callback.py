@@ -127,7 +127,7 @@ def test_rules_choose_the_opposite_on_the_same_spectra():
 def test_due_without_a_legal_move_is_written_down(tmp_path):
     """Upper limits: the run warns, records it, and goes on."""
     callback = IMCallback(3, 3)
-    with pytest.warns(UserWarning, match="need at least 7 layers, the model has 3"):
+    with pytest.warns(UserWarning, match="need at least 7 layers with a residual, the model has 3"):
         trainer_of(tmp_path, callback, model_of(3), num_train_epochs=12).train()
     assert (9, "merge", "no legal move") in moves(callback) and len(moves(callback)) == 6
     assert callback.history[-1]["step"] == 36
@@ -239,7 +239,12 @@ def test_in_trl(tmp_path):
         (dict(score="rank"), "unknown score 'rank': choose one of sfs, mean"),
         (dict(schedule="steps"), "unknown schedule 'steps': choose one of epoch, fractional"),
         (dict(inject="middle"), "unknown inject 'middle'"),
-        (dict(longest=1), "longest must be at least 2"),
+        (dict(longest=1), "longest must be a whole number of at least 2"),
+        (dict(longest=2.5), "longest must be a whole number of at least 2"),
+        (dict(inject_r=0), "rank of injected LoRA must be a whole number of at least 1, found 0"),
+        (dict(inject_r=2.0), "rank of injected LoRA must be a whole number of at least 1, found 2.0"),
+        (dict(inject_alpha=0), "alpha of injected LoRA must be above 0"),
+        (dict(rules="reference", keep="second"), "rules='reference' decides about keep"),
     ],
 )
 def test_settings_that_cannot_be(arguments, message):
@@ -353,3 +358,57 @@ def test_nothing_is_decided_where_both_limits_are_zero(tmp_path):
     want = dict(plain.model.named_parameters())
     assert all(torch.equal(p, want[name]) for name, p in with_callback.model.named_parameters())
     assert batch("Llama").keys() == {"input_ids", "attention_mask", "labels"}
+
+
+def test_an_optimizer_of_an_earlier_structure_is_refused(tmp_path):
+    """A Trainer keeps its optimizer: resumed from before a move, it would train what is gone. A new one is right."""
+    callback = IMCallback(1, 1)
+    trainer = trainer_of(tmp_path, callback, save_strategy="epoch")
+    trainer.train()
+    want = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match="the optimizer lacks 6 of the adapter's 12 trained.*trainer.optimizer = None"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert all(torch.equal(p, want[name]) for name, p in trainer.model.named_parameters())
+    other = torch.optim.AdamW(model_of().parameters())
+    with pytest.raises(ValueError, match="the optimizer lacks 12 of the adapter's 12"):
+        IMCallback(1, 1).begin(model_of(), 24, 3, other)
+
+
+def test_one_callback_decides(tmp_path):
+    with pytest.raises(ValueError, match="one IMCallback decides about a model's structure, found 2"):
+        trainer_of(tmp_path, IMCallback(1, 0), None, [IMCallback(0, 1)]).train()
+
+
+def test_only_layers_with_a_residual_count():
+    """Limits are compared with the residuals there are, and only their layers need q and v."""
+    with pytest.warns(UserWarning, match="need at least 5 layers with a residual, the model has 2"):
+        IMCallback(2, 2).begin(model_of(spans=[[0, 0], [1, 1]]), 24, 3)
+    model = model_of(spans=[[0, 0], [1, 1]])
+    del model.base_model.model.model.layers[5].self_attn.v_proj
+    IMCallback(0, 1).begin(model, 24, 3)
+
+
+def test_the_gradient_in_the_history_is_that_of_the_pair_that_went_on(tmp_path):
+    """A merge and an injection at the same step: the second entry shows the merged residual with its own gradient."""
+    callback = IMCallback(1, 1, keep="second")
+    trainer_of(tmp_path, callback).train()
+    merge, inject = (entry for entry in callback.history if entry["move"])
+    a, b = merge["move"]["layers"]
+    seen = {tuple(one["layers"]): one["gradient"] for one in merge["residuals"]}
+    kept = next(gradient for (_, end), gradient in seen.items() if end == b)
+    merged = next(one["gradient"] for one in inject["residuals"] if one["layers"] == [a, b])
+    assert merged == kept != seen[a, a]
+
+
+def test_a_diverged_residual_is_an_error_in_words():
+    model = model_of()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    callback = IMCallback(1, 0)
+    callback.begin(model, 24, 3, optimizer)
+    next(p for name, p in model.named_parameters() if "lor2c_B" in name).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite: training diverged, try a smaller learning rate"):
+        for _ in range(6):
+            callback.before_step(model)
+            callback.after_step(model, optimizer)

@@ -121,6 +121,42 @@ def test_only_complete_checkpoints_are_taken(tmp_path):
     assert last_complete_checkpoint(tmp_path / "nothing") is None
 
 
+def test_checkpoints_of_a_named_adapter_count(tmp_path):
+    """PEFT puts an adapter with a name of its own one folder down."""
+    from test_contract import adapted
+    from tiny import batch
+    from transformers import Trainer, TrainingArguments
+
+    model = adapted("BERT")
+    model.add_adapter("poet", model.peft_config["default"])
+    model.set_adapter("poet")
+    model.delete_adapter("default")
+    rows = [{k: v[0] for k, v in batch("BERT").items()}] * 4
+    args = TrainingArguments(tmp_path, max_steps=1, save_steps=1, report_to=[], use_cpu=True, save_strategy="steps")
+    Trainer(model, args, train_dataset=rows).train()
+    assert (tmp_path / "checkpoint-1" / "poet" / "adapter_model.safetensors").is_file()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_a_run_of_before_a_setting_was_there_is_read(tmp_path, glue_data, undisturbed):
+    """A setting that is not in run.json had its default; a damaged file is named."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    started = json.loads((folder / "run.json").read_text())
+    for name in ("rules", "max_merges", "processes"):
+        del started[name]
+    write_json(folder / "run.json", started)
+    run = glue_run(
+        "sst2", "lor2c", "minilm", **{k: v for k, v in started.items() if k not in ("task", "method", "model")}
+    )
+    assert prepare(run, folder, resume=True).record["method"] == "lor2c"
+    with pytest.raises(ValueError, match="rules|method 'lor2c' has no"):
+        dataclasses.replace(run, rules="reference")
+    (folder / "run.json").write_text('{"task": "sst')
+    with pytest.raises(ValueError, match="run.json is damaged"):
+        prepare(run, folder, resume=True)
+
+
 def refused(capsys, *arguments: str | Path) -> str:
     """The one line that a wrong input gets, with exit code 2."""
     with pytest.raises(SystemExit) as end:
@@ -142,10 +178,14 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--max-length", "2"], "max_length"),
         (["--max-merges", "2"], "method 'lor2c' has no max_merges: choose one of imlor2c, mergelor2c"),
-        (["--method", "imlor2c", "--max-injections", "-1"], "max_injections must be a whole number of at least 0, found -1"),
+        (
+            ["--method", "imlor2c", "--max-injections", "-1"],
+            "max_injections must be a whole number of at least 0, found -1",
+        ),
         (["--method", "imlor2c", "--rules", "code"], "unknown rules 'code': choose one of paper, reference"),
         (["--method", "imlor2c", "--score", "rank"], "unknown score 'rank': choose one of sfs, mean"),
         (["--method", "imlor2c", "--sfs-k", "8"], "k of SFS must be a whole number from 1 to r - 1 = 7, found 8"),
+        (["--method", "lora", "--rules", "reference"], "method 'lora' has no rules: choose one of imlor2c"),
         (["--method", "lora", "--share"], "share is for the LoR2C methods, not for 'lora'"),
         (["--model", "no-such/model"], "pass the path of a local model"),
         (["--task", "rte"], "rte"),

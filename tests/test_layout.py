@@ -186,7 +186,7 @@ def test_a_layout_is_a_value(history):
         ([(0, 0)], [(1, 4, 16), (1, 4, 16)], "layer 1 cannot have"),
         ([(0, 0)], [(4, 4, 16)], "injected layer 4 is not in a model"),
         ([(0, 0)], [(-1, 4, 16)], "injected layer -1 is not in a model"),
-        ([(0, 0)], [(1, 0, 16)], "must be at least 1, found 0"),
+        ([(0, 0)], [(1, 0, 16)], "whole number of at least 1, found 0"),
         ([], [], "nothing to train"),
     ],
 )

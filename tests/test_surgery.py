@@ -135,6 +135,91 @@ def test_optimizer_of_some_parameters_gets_no_others():
     assert mine == {id(p) for name, p in named(model).items() if "lor2c" in name or "lora_" in name}
 
 
+def test_what_else_an_optimizer_holds_stays_in_it():
+    """The frozen base, another network, another adapter, and state that belongs to no parameter."""
+    model = adapted("Llama", std=0, spans=ONE_LAYER, r=4)
+    model.add_adapter("other", lor2c.LoR2CConfig(r=2, dropout=0.0))
+    head = torch.nn.Linear(2, 2)
+    everything = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(everything, lr=1e-2)
+    optimizer.state["k"] = {"step": 3}
+    train(model, optimizer, batch("Llama"), 2)
+    before = set(everything)
+    merge_modules(model, 0, 1, optimizer=optimizer)
+    inject_lora(model, 3, optimizer=optimizer)
+    held = optimizer.param_groups[0]["params"]
+    assert len(before - set(held)) == 4 and before - set(held) <= before - set(model.parameters())  # two pairs are gone
+    assert [id(p) for p in held] == [id(p) for p in [*model.parameters(), *head.parameters()]]
+    assert optimizer.state["k"] == {"step": 3} and not set(optimizer.state) - {"k"} - set(held)
+
+
+def test_a_group_for_each_layer():
+    """Layer-wise rates: what comes into a layer joins that layer's group, as a fresh process would have it."""
+
+    def groups(model):
+        found = {}
+        for name, p in named(model).items():
+            found.setdefault(int(name.split("layers.")[1].split(".")[0]), []).append(p)
+        return [dict(params=found.get(layer, []), lr=10.0 ** -(4 - layer)) for layer in range(4)]
+
+    model, b = adapted("Llama", std=0, spans=ONE_LAYER, r=4), batch("Llama")
+    optimizer = torch.optim.AdamW(groups(model))
+    train(model, optimizer, b, 2)
+    merge_modules(model, 0, 1, keep="first", optimizer=optimizer)
+    inject_lora(model, 3, optimizer=optimizer)
+    fresh = torch.optim.AdamW([group for group in groups(model)])
+    for mine, theirs in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        assert mine["lr"] == theirs["lr"] and list(map(id, mine["params"])) == list(map(id, theirs["params"]))
+    fresh.load_state_dict(optimizer.state_dict())
+
+
+def test_what_is_frozen_stays_frozen():
+    """A residual that its user has frozen freezes no other, and stays so through a merge; another adapter's LoRA too."""
+    model = adapted("Llama", std=0, spans=ONE_LAYER, r=4)
+    first = model.base_model.model.model.layers[0].lor2c
+    for p in first.parameters():
+        p.requires_grad_(False)
+    inject_lora(model, 3)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
+    merge_modules(model, 0, 1, keep="first")
+    pair = model.base_model.model.model.layers[1].lor2c
+    assert pair.lor2c_A["default"] is first.lor2c_A.get("default", pair.lor2c_A["default"])
+    assert not pair.lor2c_A["default"].requires_grad and not pair.lor2c_B["default"].requires_grad
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.requires_grad_(False)
+    model.add_adapter("two", lor2c.LoR2CConfig(r=4, dropout=0.0))
+    inject_lora(model, 3, adapter_name="two")
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "lora_" in name and "default" in name)
+
+
+class Odd(torch.nn.Module):
+    """Looks like a linear map, and is none that PEFT knows."""
+
+    def __init__(self, like: torch.nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.in_features, self.out_features = like, like.in_features, like.out_features
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_what_peft_refuses_changes_nothing():
+    """A value projection of an unknown kind: the residual stays, and q gets no LoRA of its own."""
+    model, optimizer = start()
+    attention = model.base_model.model.model.layers[1].self_attn
+    attention.v_proj = Odd(attention.v_proj)
+    before, held = tuner_of(model).layout(), list(optimizer.param_groups[0]["params"])
+    with pytest.raises(ValueError, match="not supported"):
+        inject_lora(model, 1, optimizer=optimizer)
+    assert tuner_of(model).layout() == before and list(map(id, optimizer.param_groups[0]["params"])) == list(
+        map(id, held)
+    )
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+    assert model.peft_config["default"].injected is None
+    train(model, optimizer, batch("Llama"), 1)
+
+
 def test_wrapped_optimizers_are_found():
     from accelerate import Accelerator
 
@@ -231,7 +316,7 @@ def test_what_cannot_be_done_changes_nothing():
     """Every refusal says what is wrong, and the model is as it was."""
     model, optimizer = start()
     b, want = batch("Llama"), model.eval()(**batch("Llama")).logits
-    merged = copy.deepcopy(model)
+    merged, plain = copy.deepcopy(model), build("Llama").parameters()
     merge_modules(merged, 0, 1)
     for attempt, message in [
         (lambda: merge_modules(model, 0, 2), r"\[0..0\] and \[2..2\] are not neighbours"),
@@ -245,7 +330,13 @@ def test_what_cannot_be_done_changes_nothing():
         (lambda: merge_modules(model, 0, 1, k=4), "k of SFS must be a whole number from 1 to r - 1 = 3, found 4"),
         (lambda: inject_lora(model, 7), "no residual begins at layer 7"),
         (lambda: inject_lora(merged, 0), r"residual \[0..1\] is merged"),
-        (lambda: inject_lora(model, 0, r=0), "rank"),
+        (lambda: inject_lora(model, 0, r=0), "rank of injected LoRA must be a whole number of at least 1, found 0"),
+        (lambda: inject_lora(model, 0, r=2.0), "rank of injected LoRA must be a whole number of at least 1, found 2.0"),
+        (lambda: inject_lora(model, 0, alpha=0), "alpha of injected LoRA must be above 0"),
+        (
+            lambda: inject_lora(model, 0, optimizer=torch.optim.SGD(plain, lr=1)),
+            "the optimizer lacks 8 of the adapter's 8",
+        ),
         (lambda: merge_modules(model, 0, 1, adapter_name="other"), "no LoR2C adapter 'other'"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -175,7 +175,6 @@ def test_cells_and_their_picture(base, undisturbed, tmp_path):
     [
         (["--max-merges", "6-0"], "counts must be such as 0-6, 2 or 0,2,4, found '6-0'"),
         (["--max-injections", "some"], "found 'some'"),
-        (["--max-merges", "0-7"], "merges must be different whole numbers from 0 to 6, the number of layers: found 7"),
         (["--max-merges", "4-6", "--max-injections", "4"], "no cell can be reached"),
         (["--jobs", "0"], "jobs must be at least 1, found 0"),
         (["--rank", "0"], "rank must be above 0"),
