@@ -363,3 +363,16 @@ def test_every_method_is_read_back(glue_data, tmp_path, tokenizer):
             base, *_ = load_base(job.run, GLUE[task])
             again = PeftModel.from_pretrained(base, tmp_path / method / "adapter")
         assert torch.equal(again.eval()(**batch).logits, job.model.eval()(**batch).logits)
+
+
+def test_demo_passes_limits_to_the_methods_that_have_them(capsys, tmp_path):
+    """One run with two merges; limits that no method has are refused."""
+    main(["demo", "--methods", "mergelor2c", "--train-size", "64", "--epochs", "1", "--max-merges", "2", "--score", "mean",
+          "--output-dir", str(tmp_path / "demo")])  # fmt: skip
+    record = json.loads((tmp_path / "demo" / "mergelor2c" / "record.json").read_text())
+    settings = record["hyper_parameters"]
+    assert (settings["max_merges"], settings["max_injections"], settings["score"]) == (2, 0, "mean")
+    assert "structure of mergelor2c" in capsys.readouterr().out
+    assert (tmp_path / "demo" / "structure-mergelor2c.png").stat().st_size > 1000
+    error = refused(capsys, "demo", "--max-merges", "2", "--output-dir", tmp_path / "other")
+    assert "max_merges needs a method that changes its structure: --methods imlor2c" in error
