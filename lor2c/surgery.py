@@ -8,7 +8,7 @@ __all__ = ['NOT_HERE', 'KEEP', 'tuner_of', 'refuse', 'full', 'spectra', 'scores_
            'size', 'check_optimizer', 'data_parallel', 'rebuild', 'reshard', 'shard_residuals', 'is_sharded',
            'check_units', 'check_sharding']
 
-# %% ../nbs/api/20_surgery.ipynb #b77a62c7
+# %% ../nbs/api/20_surgery.ipynb #a46dfaf4
 import gc
 import inspect
 import sys
@@ -29,6 +29,7 @@ from .injection import injected, read_mark
 from .layout import Layout, Span
 from .lowrank import singular_values
 from .residual import residuals
+from .sfs import DIVERGED
 from .sfs import score as score_of
 from .tuner import LoR2CModel
 
@@ -67,7 +68,7 @@ def refuse(wrapper: Any) -> None:
         if kind.__name__ in NOT_HERE:
             raise TypeError(f"the structure cannot change under {kind.__name__}: {NOT_HERE[kind.__name__]}")
 
-# %% ../nbs/api/20_surgery.ipynb #6aa84e9f
+# %% ../nbs/api/20_surgery.ipynb #ae11cc49
 def full(tensor: Tensor) -> Tensor:
     "The whole of a tensor that may be sharded over processes."
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
@@ -84,12 +85,14 @@ def spectra(
     starts = sorted(found)
     home = found[starts[0]].lor2c_B[adapter_name].device
     A, B = (
-        torch.stack([full(getattr(found[start], part)[adapter_name]).to(home) for start in starts])
+        [full(getattr(found[start], part)[adapter_name]).to(home) for start in starts]
         for part in ("lor2c_A", "lor2c_B")
     )
-    if not (A.isfinite().all() and B.isfinite().all()):
-        raise ValueError("a residual holds numbers that are not finite: training diverged, try a smaller learning rate")
-    return dict(zip(starts, singular_values(A, B, found[starts[0]].scaling[adapter_name]), strict=True))
+    try:
+        values = singular_values(A, B, found[starts[0]].scaling[adapter_name])
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(DIVERGED) from error
+    return dict(zip(starts, values, strict=True))
 
 
 def scores_of(
