@@ -334,17 +334,18 @@ def classify(
         top = model(**batch).logits.softmax(-1).max(-1)
     return [(DEMO.labels[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
-# %% ../nbs/api/40_cli.ipynb #375eb375
+# %% ../nbs/api/40_cli.ipynb #cbc3a9d2
 def main(
     argv: Sequence[str] | None = None,  # arguments; those of the process if None
 ) -> None:
     "The `lor2c` command. Ends with SystemExit(2) and one line for wrong input."
     args = make_parser().parse_args(argv)
-    quieten()
     if "WORLD_SIZE" not in os.environ:  # not started by torchrun or accelerate launch
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            quieten()
+            args.run(args)
     except KeyboardInterrupt:
         again = dict.fromkeys(("demo", "sweep"), "; the same command goes on")
         again["glue"] = "; the same command with --resume goes on"
@@ -358,7 +359,7 @@ def quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.formatwarning = lambda message, *_, **__: f"lor2c: note: {message}\n"
+    warnings.showwarning = lambda message, *_, **__: print(f"lor2c: note: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # python -m lor2c.cli, and not a cell of a notebook

@@ -138,7 +138,7 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s" if minutes else f"{s} s"
 
-# %% ../nbs/api/33_train.ipynb #e1443feb
+# %% ../nbs/api/33_train.ipynb #0df352f2
 def check_device(run: Run) -> None:
     "ValueError where the device of a run is not there, or would not do its precision."
     one_of("device", run.device, ("auto", "cpu", "cuda", "mps"))
@@ -155,16 +155,19 @@ def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
     # The run decides, not what `accelerate launch` or an earlier run has left in the environment.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no" if run.precision == "fp32" else run.precision
     pin = torch.cuda.is_available() and run.device != "cpu"
+    on_cpu = run.device == "cpu" or (run.device == "auto" and not (pin or torch.backends.mps.is_available()))
     args = TrainingArguments(
         output_dir=str(folder), num_train_epochs=run.epochs, learning_rate=run.lr, weight_decay=run.weight_decay,
         per_device_train_batch_size=run.batch_size, per_device_eval_batch_size=max(64, run.batch_size),
         warmup_steps=run.warmup, seed=run.seed, bf16=run.precision == "bf16", fp16=run.precision == "fp16",
-        use_cpu=run.device == "cpu", report_to=run.report_to, disable_tqdm=True, dataloader_pin_memory=pin,
+        use_cpu=on_cpu, report_to=run.report_to, disable_tqdm=True, dataloader_pin_memory=pin,
         eval_strategy="epoch", save_strategy="epoch", logging_strategy="epoch", save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=True,
         restore_callback_states_from_checkpoint=True, train_sampling_strategy="group_by_length",
         average_tokens_across_devices=False,  # else a loss that is a mean of rows is multiplied by the processes
     )  # fmt: skip
+    if args.world_size != (asked := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise ValueError(f"{asked} processes were started, which do not find each other on {run.device}: use --device cpu")
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible, and nn.DataParallel would leave adapters out: start one process per GPU with "

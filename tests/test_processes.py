@@ -273,8 +273,10 @@ def test_a_change_takes_effect_in_compiled_code(compiled):
 
 RUN = (
     "glue --task sst2 --method imlor2c --model minilm --epochs 3 --batch-size 8 --max-length 32 --lr 0.002 --seed 3 "
-    "--device cpu --max-merges 1 --max-injections 1 --max-train-samples 64"
-).split()
+    "--max-merges 1 --max-injections 1 --max-train-samples 64"
+).split() + (
+    ["--device", "cpu"] if torch.cuda.is_available() else []
+)  # without a GPU, the default finds the others, too
 
 
 def command(data: Path, folder: Path) -> tuple[str | Path, ...]:
