@@ -167,7 +167,9 @@ def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
         average_tokens_across_devices=False,  # else a loss that is a mean of rows is multiplied by the processes
     )  # fmt: skip
     if args.world_size != (asked := int(os.environ.get("WORLD_SIZE", "1"))):
-        raise ValueError(f"{asked} processes were started, which do not find each other on {run.device}: use --device cpu")
+        raise ValueError(
+            f"{asked} processes were started, which do not find each other on {run.device}: use --device cpu"
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible, and nn.DataParallel would leave adapters out: start one process per GPU with "
