@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'Settings', 'scores_by', 'choose', 'agreed', 'IMCallback', 'too_many', 'gradient_norms',
            'untrained_by_reference']
 
-# %% ../nbs/api/21_callback.ipynb #4c482222
+# %% ../nbs/api/21_callback.ipynb #0e441d60
 import dataclasses
 import math
 import warnings
@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 from .injection import find_qv, injected
 from .layout import Layout, check_lora, choose_injection, choose_merge, layers_needed, legal_injections
+from .residual import pairs_of
 from .schedule import SCHEDULES, Due, check_limit, plan, remarks
 from .sfs import SCORES, check_k, mean_singular_value, score, top_share
 from .stack import find_layers
@@ -32,7 +33,6 @@ from lor2c.surgery import (
     full,
     inject_lora,
     merge_modules,
-    pairs_of,
     size,
     spectra,
     tuner_of,

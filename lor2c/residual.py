@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CANNOT_FOLD', 'LoR2CLayer', 'this_thread', 'HoldInput', 'AddResidual', 'hidden_states', 'attach', 'residuals',
-           'remove_unused']
+           'pairs_of', 'remove_unused']
 
-# %% ../nbs/api/13_residual.ipynb #b85638f6
+# %% ../nbs/api/13_residual.ipynb #d13cde81
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .compat import BaseTunerLayer, BufferDict
 from .config import LoR2CConfig
+from .layout import Span
 from .lowrank import add_delta, init_pair, scaling_factor
 
 # %% ../nbs/api/13_residual.ipynb #7c400a56
@@ -158,7 +159,7 @@ def hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:  # (ba
         )
     return x
 
-# %% ../nbs/api/13_residual.ipynb #a8f66328
+# %% ../nbs/api/13_residual.ipynb #ca7467ac
 def attach(layers: nn.ModuleList, residual: LoR2CLayer) -> None:
     "Register the hooks that the residual's adapters need, and remove those that none needs any more."
     starts = set(residual.start.values())
@@ -178,6 +179,11 @@ def residuals(model: nn.Module) -> Iterator[tuple[nn.ModuleList, LoR2CLayer]]:
     for path, module in list(model.named_modules()):
         if isinstance(module, LoR2CLayer):
             yield model.get_submodule(path.rsplit(".", 2)[0]), module
+
+
+def pairs_of(model: nn.Module, name: str) -> dict[Span, tuple[nn.Parameter, nn.Parameter]]:
+    "Span -> A and B of every residual of an adapter."
+    return {(m.start[name], m.end): (m.lor2c_A[name], m.lor2c_B[name]) for _, m in residuals(model) if name in m.start}
 
 
 def remove_unused(model: nn.Module) -> None:

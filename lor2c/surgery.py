@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOT_HERE', 'KEEP', 'tuner_of', 'refuse', 'full', 'spectra', 'scores_of', 'inner_optimizer', 'sync_optimizer',
-           'is_moment', 'Change', 'merge_modules', 'inject_lora', 'operate', 'pairs_of', 'by_host', 'parameters_of',
-           'size', 'check_optimizer', 'data_parallel', 'rebuild', 'reshard', 'shard_residuals', 'is_sharded',
-           'check_units', 'check_sharding']
+           'is_moment', 'Change', 'merge_modules', 'inject_lora', 'operate', 'by_host', 'parameters_of', 'size',
+           'check_optimizer', 'data_parallel', 'rebuild', 'reshard', 'shard_residuals', 'is_sharded', 'check_units',
+           'check_sharding']
 
-# %% ../nbs/api/20_surgery.ipynb #a46dfaf4
+# %% ../nbs/api/20_surgery.ipynb #f4d920d2
 import gc
 import inspect
 import sys
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from .injection import injected, read_mark
 from .layout import Layout, Span
 from .lowrank import singular_values
-from .residual import residuals
+from .residual import pairs_of, residuals
 from .sfs import DIVERGED
 from .sfs import score as score_of
 from .tuner import LoR2CModel
@@ -221,7 +221,7 @@ def inject_lora(
     counts = operate(model, optimizer, name, after)
     return Change("inject", (layer_idx, layer_idx), f"LoRA of rank {r}, alpha {alpha:g}", after, counts)
 
-# %% ../nbs/api/20_surgery.ipynb #b36d40d3
+# %% ../nbs/api/20_surgery.ipynb #7c205fcc
 def operate(
     model: nn.Module,
     optimizer: Any,
@@ -253,11 +253,6 @@ def operate(
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # compiled code does not look for hooks that have come or gone
     return before, size(tuner, name)
-
-
-def pairs_of(model: nn.Module, name: str) -> dict[Span, tuple[nn.Parameter, nn.Parameter]]:
-    "Span -> A and B of every residual of an adapter."
-    return {(m.start[name], m.end): (m.lor2c_A[name], m.lor2c_B[name]) for _, m in residuals(model) if name in m.start}
 
 
 def by_host(model: nn.Module, name: str) -> dict[tuple[int, str], list[nn.Parameter]]:

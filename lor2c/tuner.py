@@ -7,7 +7,7 @@ __all__ = ['RESIDUAL', 'INJECTED', 'LoR2CModel', 'tie_shared', 'check_fit', 'ref
            'switches', 'switch', 'warn_of_frozen_head', 'layout_of', 'set_layout', 'trained_as', 'take_out', 'pair_for',
            'tensors_by_layer', 'injections_by_module', 'layout_in', 'expected_keys', 'check_keys', 'same']
 
-# %% ../nbs/api/16_tuner.ipynb #13d5b80e
+# %% ../nbs/api/16_tuner.ipynb #3fd448b2
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from .compat import BaseTuner, BaseTunerLayer, LoraLayer, register
 from .config import LoR2CConfig
 from .injection import add_lora, find_qv, injected, read_mark, remove_lora
 from .layout import Injection, Layout, Span
-from .residual import CANNOT_FOLD, LoR2CLayer, attach, remove_unused, residuals
+from .residual import CANNOT_FOLD, LoR2CLayer, attach, pairs_of, remove_unused, residuals
 from .share import shared_A, tie, with_copies, without_copies
 from .stack import find_layers, stream_width
 
@@ -205,7 +205,7 @@ def warn_of_frozen_head(model: nn.Module, config: LoR2CConfig) -> None:
         stacklevel=2,
     )
 
-# %% ../nbs/api/16_tuner.ipynb #227d333b
+# %% ../nbs/api/16_tuner.ipynb #d4ad915b
 def layout_of(
     model: nn.Module,  # a base model with adapters, or a PEFT model
     adapter_name: str = "default",
@@ -233,7 +233,7 @@ def set_layout(
     if wanted == now:
         return
     check_fit(model, layers, wanted, config)
-    pairs = {(m.start[name], m.end): (m.lor2c_A[name], m.lor2c_B[name]) for _, m in residuals(model) if name in m.start}
+    pairs = pairs_of(model, name)
     (dtype, trained), on = trained_as(model, name), switches(model)
     fresh, taken = [one for one in wanted.injected if one not in now.injected], {one.layer for one in now.injected}
 
@@ -260,7 +260,7 @@ def set_layout(
 
 def trained_as(model: nn.Module, name: str) -> tuple[torch.dtype, bool]:
     "The type of an adapter's parameters, and whether any of them is trained."
-    found = [p for _, m in residuals(model) if name in m.lor2c_B for p in (m.lor2c_A[name], m.lor2c_B[name])]
+    found = [p for pair in pairs_of(model, name).values() for p in pair]
     found += [p for _, m in injected(model) if name in m.lora_A for p in m.lora_A[name].parameters()]
     return found[0].dtype, any(p.requires_grad for p in found)
 
