@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
 TEST_ARGS ?=
+# As many tests at a time as there are cores, up to four, each with one thread of torch: twice as fast as one with two.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadgroup
 
 .PHONY: help demo test test-all docs readme export clean
 
@@ -14,10 +16,10 @@ demo: $(VENV)/.demo  ## fine-tune a small encoder on real data: minutes, on a CP
 	$(BIN)/lor2c demo
 
 test: $(VENV)/.dev   ## every test; long tutorials run at a smaller size
-	LOR2C_CI=1 $(BIN)/python -m pytest $(TEST_ARGS)
+	LOR2C_CI=1 $(PYTEST) $(TEST_ARGS)
 
 test-all: $(VENV)/.dev  ## every test, slow ones too, tutorials at full size
-	LOR2C_SLOW=1 $(BIN)/python -m pytest $(TEST_ARGS)
+	LOR2C_SLOW=1 $(PYTEST) $(TEST_ARGS)
 
 docs: $(VENV)/.dev   ## the site, into _docs
 	$(BIN)/python tools/docs.py

@@ -1,10 +1,11 @@
-"""One training step of LoR2C, before and after three merges, beside PEFT's LoRA (same rank, on q and v), in turn.
+"""One training step of each method beside PEFT's LoRA (same rank, on q and v), in turn in one process.
 
     python benchmarks/step.py [--rounds 30] [--batch 32] [--length 128] [--device cpu]
 
-Prints the median time of a step of each, their ratio, and the bytes that autograd keeps for the backward pass. With
-residuals, the layers up to the end of the first span get no backward pass; with LoRA all but the first projections do.
-The merges join neighbours, six residuals to three, so one layer more is spared.
+Prints the median time of a step of each, its ratio to LoRA's, and the bytes that autograd keeps for the backward pass.
+With residuals, the layers up to the end of the first span get no backward pass; with LoRA all but the first projections
+do. The merges join neighbours, six residuals to three, so one layer more is spared. ResLoRA's shortcuts are named as in
+Table 8 of its paper: is, bs, ms for input, block, middle, with the number of previous blocks.
 """
 
 import argparse
@@ -26,8 +27,10 @@ def build(config: PeftConfig | None, device: str) -> nn.Module:
     return (get_peft_model(model, config) if config else model).to(device).train()
 
 
-def stepper(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+def stepper(model: nn.Module, batch: dict[str, Tensor], rm: bool = False) -> Callable[[], None]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    if rm:
+        lor2c.RMLoRACallback().begin(model, optimizer)
 
     def step() -> None:
         model(**batch).loss.backward()
@@ -62,20 +65,26 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - begin
 
 
+def configs() -> dict[str, PeftConfig]:
+    common = dict(r=8, task_type="SEQ_CLS")
+    lora = LoraConfig(**common, lora_alpha=16, lora_dropout=0.1)
+    residual = lor2c.LoR2CConfig(**common, alpha=16, dropout=0.1)
+    found = {"lora": lora, "rmlora": lora, "lor2c": residual, "lor2c, merged": residual}
+    for kind, pre_num in (("input", 1), ("block", 1), ("block", 4), ("middle", 1), ("middle", 4)):
+        links = dict(shortcut=kind, pre_num=pre_num)
+        found[f"{kind[0]}s {pre_num}"] = lor2c.ResLoRAConfig(**common, **links, alpha=16, dropout=0.1)
+    return found
+
+
 def measure(rounds: int = 30, batch: int = 32, length: int = 128, device: str = "cpu") -> dict[str, dict[str, float]]:
     """Median seconds of a step and bytes kept, per method; the methods take turns in every round."""
     g = torch.Generator().manual_seed(0)
     ids, labels = torch.randint(1000, 20000, (batch, length), generator=g), torch.randint(0, 2, (batch,), generator=g)
     rows = dict(input_ids=ids.to(device), attention_mask=torch.ones_like(ids).to(device), labels=labels.to(device))
-    configs = {
-        "lora": LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, task_type="SEQ_CLS"),
-        "lor2c": lor2c.LoR2CConfig(r=8, alpha=16, dropout=0.1, task_type="SEQ_CLS"),
-    }
-    models = {name: build(config, device) for name, config in configs.items()}
-    models["merged"] = build(configs["lor2c"], device)
+    models = {name: build(config, device) for name, config in configs().items()}
     for layer in (0, 2, 4):
-        lor2c.merge_modules(models["merged"], layer, layer + 1)
-    steps = {name: stepper(model, rows) for name, model in models.items()}
+        lor2c.merge_modules(models["lor2c, merged"], layer, layer + 1)
+    steps = {name: stepper(model, rows, name == "rmlora") for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 2):
         for name in sorted(steps, reverse=round_ % 2 == 1):  # none is always the first
@@ -91,8 +100,10 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     result = measure(**vars(args))
+    lora = result["lora"]
     for name, row in result.items():
-        print(f"{name:6} {1e3 * row['seconds']:8.1f} ms a step   {row['bytes'] / 2**20:8.1f} MiB kept for backward")
-    for name, other in (("lor2c", "lora"), ("merged", "lor2c")):
-        ratio = {key: result[name][key] / result[other][key] for key in ("seconds", "bytes")}
-        print(f"{name} / {other}: time {ratio['seconds']:.3f}, kept for backward {ratio['bytes']:.3f}")
+        time_, kept = 1e3 * row["seconds"], row["bytes"] / 2**20
+        print(
+            f"{name:14} {time_:8.1f} ms a step, {row['seconds'] / lora['seconds']:.2f} of LoRA's   "
+            f"{kept:8.1f} MiB kept for backward, {row['bytes'] / lora['bytes']:.2f}"
+        )

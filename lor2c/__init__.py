@@ -6,6 +6,8 @@ from lor2c.adapters import last_complete_checkpoint
 from lor2c.callback import IMCallback
 from lor2c.config import LoR2CConfig
 from lor2c.residual import LoR2CLayer
+from lor2c.reslora import ResLoRAConfig, ResLoRAModel
+from lor2c.rm_lora import RMLoRACallback
 from lor2c.surgery import inject_lora, merge_modules
 from lor2c.tuner import LoR2CModel
 
@@ -14,6 +16,9 @@ __all__ = [
     "LoR2CConfig",
     "LoR2CLayer",
     "LoR2CModel",
+    "RMLoRACallback",
+    "ResLoRAConfig",
+    "ResLoRAModel",
     "demo_model",
     "inject_lora",
     "last_complete_checkpoint",

@@ -23,7 +23,7 @@ def unsupported(what: str) -> ImportError:
         "Try: pip install -U 'transformers>=5.23' 'peft>=0.21'"
     )
 
-# %% ../nbs/api/10_compat.ipynb #faab851b
+# %% ../nbs/api/10_compat.ipynb #3d553d9d
 try:  # some of these are for other modules to import from here
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -32,8 +32,11 @@ try:  # some of these are for other modules to import from here
     )
     from peft.tuners._buffer_dict import BufferDict  # noqa: F401
     from peft.tuners.lora import LoraLayer, LoraModel  # noqa: F401
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer  # noqa: F401
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists  # noqa: F401
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear  # noqa: F401
     from peft.utils.constants import DUMMY_TARGET_MODULES  # noqa: F401
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS  # noqa: F401
+    from peft.utils.integrations import dequantize_module_weight  # noqa: F401
     from peft.utils.other import get_quantization_config  # noqa: F401
     from peft.utils.peft_types import PeftType, register_peft_method
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -51,7 +54,7 @@ def check_installed() -> None:
 
 check_installed()
 
-# %% ../nbs/api/10_compat.ipynb #aee903e5
+# %% ../nbs/api/10_compat.ipynb #9aa42e19
 def add_peft_type(
     name: str,  # upper case, e.g. "LOR2C"
 ) -> PeftType:
@@ -67,12 +70,13 @@ def add_peft_type(
 
 
 def register(
-    name: str,  # lower case, e.g. "lor2c"; the prefix of its tensors is name + "_"
+    name: str,  # lower case, e.g. "lor2c"
     config_cls: type,
     model_cls: type,
+    prefix: str | None = None,  # of its tensors; None: name + "_"
 ) -> None:
     "Make a method known to PEFT; registering it again replaces its classes."
     kind: Any = add_peft_type(name.upper())
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
         mapping.pop(kind, None)
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['COLOURS', 'LOOKS', 'MARKS', 'plot_runs', 'task_and_metric', 'draw_run', 'Block', 'blocks_of', 'held', 'layers_of',
            'plot_structure', 'draw_block', 'draw_move', 'limits_of', 'moves_of', 'score_of', 'best_of', 'plot_grid',
-           'draw_cell', 'save_picture']
+           'draw_cell', 'names_of', 'constant_answer', 'plot_comparison', 'draw_contender', 'save_picture']
 
-# %% ../nbs/api/34_plots.ipynb #a5237eec
+# %% ../nbs/api/34_plots.ipynb #44a08600
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -215,6 +217,61 @@ def draw_cell(axes: Axes, x: int, y: int, record: dict[str, Any] | None, reachab
         star = "*" * (moves_of(record) != limits_of(record))
         axes.text(x, y, f"{score_of(record):.3f}{star}", ha="center", va="center", fontsize=9.5, color=ink)
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, lw=0.5, hatch=None if reachable else "///", **look))
+
+# %% ../nbs/api/34_plots.ipynb #f0b28121
+def names_of(
+    records: Sequence[dict[str, Any]],
+) -> list[str]:  # one for each record
+    "The method of each record, with the settings that tell runs of one method on one task apart: 'lora rank=4'."
+    values: dict[tuple[str, str, str], set[str]] = {}
+    for record in records:
+        for setting, value in record["hyper_parameters"].items():
+            values.setdefault((record["method"], record["task"], setting), set()).add(repr(value))
+    differ = {(method, setting) for (method, _, setting), found in values.items() if len(found) > 1}
+    return [
+        " ".join([r["method"], *(f"{s}={v}" for s, v in r["hyper_parameters"].items() if (r["method"], s) in differ)])
+        for r in records
+    ]
+
+
+def constant_answer(records: Sequence[dict[str, Any]], task: str) -> float:
+    "The score on a task of always giving the same answer."
+    metrics = next(record["metrics"] for record in records if record["task"] == task)
+    return metrics["baseline"][metrics["chosen_by"].rpartition("_")[2]]
+
+
+def plot_comparison(
+    records: Sequence[dict[str, Any]],  # of several methods, tasks, seeds
+) -> Figure:
+    "Best epoch's score against trained numbers, a panel for each task. Raises ValueError for no records."
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    if not tasks:
+        raise ValueError("no records to compare")
+    names = names_of(records)
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(1.9 + 2.9 * len(tasks), 4.2), layout="constrained", squeeze=False
+    )
+    looks = dict(zip(dict.fromkeys(names), product("osD^v", COLOURS), strict=False))
+    for axes, task in zip(panels[0], tasks, strict=True):
+        here = {n: [r for r, m in zip(records, names, strict=True) if m == n and r["task"] == task] for n in looks}
+        for name, some in here.items():
+            if some:
+                draw_contender(axes, some, name, *looks[name])
+        axes.axhline(constant_answer(records, task), color="grey", ls="--", lw=1)
+        metric = next(r["metrics"]["chosen_by"] for r in records if r["task"] == task)
+        axes.set(xscale="log", title=task, xlabel="trained parameters", ylabel=metric.replace("_", " "))
+        axes.margins(x=0.15)
+    known = {label: line for a in panels[0] for line, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def draw_contender(axes: Axes, records: Sequence[dict[str, Any]], name: str, marker: str, colour: str) -> None:
+    "Mean over seeds, and one standard deviation to each side."
+    scores = [score_of(record) for record in records]
+    size = mean(record["trainable_parameters"] for record in records)
+    spread = stdev(scores) if len(scores) > 1 else None
+    axes.errorbar(size, mean(scores), spread, marker=marker, color=colour, ls="", ms=6, capsize=3, lw=1, label=name)
 
 # %% ../nbs/api/34_plots.ipynb #40dea48b
 def save_picture(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'Progress', 'history_of', 'describe_move', 'is_score', 'say', 'duration', 'check_device',
-           'training_arguments', 'Job', 'versions', 'epochs_of', 'make_record', 'claim', 'read_started', 'as_started',
-           'check_free', 'check_report_to', 'prepare', 'callbacks_of', 'make_trainer', 'carry_out', 'relocate',
-           'announce', 'train']
+           'training_arguments', 'AdaLoRASteps', 'Job', 'versions', 'epochs_of', 'make_record', 'claim', 'read_started',
+           'as_started', 'check_free', 'check_report_to', 'prepare', 'callbacks_of', 'make_trainer', 'carry_out',
+           'relocate', 'announce', 'train']
 
-# %% ../nbs/api/33_train.ipynb #d3f809fa
+# %% ../nbs/api/33_train.ipynb #cf1a1573
 import dataclasses
 import json
 import os
@@ -39,12 +39,14 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ExportableState
 
 import lor2c
-from .adapters import last_complete_checkpoint, save_whole, write_json
+from .adapters import last_complete_checkpoint
 from .callback import IMCallback
 from .data import DEMO, baseline, compute_metrics
+from .disk import save_whole, write_json
+from .rm_lora import RMLoRACallback
 from .run import CHANGING, Run, build_model, count_parameters, load_data, one_of, run_task, validation_splits
 
-# %% ../nbs/api/33_train.ipynb #d0e3abbf
+# %% ../nbs/api/33_train.ipynb #ccc1cbae
 class Progress(TrainerCallback, ExportableState):
     "A bar on a terminal, the expected time after ten steps, a line per evaluation; adds up the seconds over resumed runs."
 
@@ -77,13 +79,17 @@ class Progress(TrainerCallback, ExportableState):
                 say(state, describe_move(entry))
         self.in_steps += (time.perf_counter() - self.begun) * (self.steps > 1)  # the first step also warms up
         if self.steps == 10 and state.global_step < state.max_steps:
-            left = self.in_steps / 9 * (state.max_steps - state.global_step)
+            left = self.seconds_per_step() * (state.max_steps - state.global_step)
             say(state, f"about {duration(left)} of training left, validation apart{self._advice(args, left)}")
 
     def _advice(self, args: TrainingArguments, seconds: float) -> str:
         if not self.advise or args.device.type != "cpu" or seconds < 1800:
             return ""
         return "; for a first look: --epochs 3 --max-train-samples 1000 --max-length 128, in another --output-dir"
+
+    def seconds_per_step(self) -> float:
+        "Mean over the training steps of this process but its first; 0 where there was no other."
+        return self.in_steps / max(1, self.steps - 1)
 
     def on_log(self, args, state, control, logs: dict[str, float], **_: Any) -> None:
         if "loss" in logs:
@@ -105,9 +111,9 @@ class Progress(TrainerCallback, ExportableState):
         self.bar.close()
 
 
-def history_of(state: transformers.TrainerState) -> list[dict[str, Any]]:
-    "What `IMCallback` has written into a Trainer's state; empty without it."
-    return state.stateful_callbacks.get("IMCallback", {}).get("attributes", {}).get("history", [])
+def history_of(state: transformers.TrainerState, callback: str = "IMCallback") -> list[dict[str, Any]]:
+    "What `IMCallback` or `RMLoRACallback` has written into a Trainer's state; empty without it."
+    return state.stateful_callbacks.get(callback, {}).get("attributes", {}).get("history", [])
 
 
 def describe_move(entry: dict[str, Any]) -> str:
@@ -177,6 +183,25 @@ def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
         )
     return args
 
+# %% ../nbs/api/33_train.ipynb #4a85b2e8
+class AdaLoRASteps(TrainerCallback):
+    "Calls PEFT's AdaLoRA as it asks for: full rank in the first tenth of the steps, the final rank in the last three tenths."
+
+    def on_train_begin(self, args, state, control, model=None, **_: Any) -> None:
+        self.tuner, self.pattern = model.base_model, None
+        config = self.tuner.peft_config["default"]
+        config.total_step, config.tinit, config.tfinal = (
+            state.max_steps,
+            state.max_steps // 10,
+            3 * state.max_steps // 10,
+        )
+
+    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+        config = self.tuner.peft_config["default"]
+        config.rank_pattern = self.pattern
+        self.tuner.update_and_allocate(state.global_step)
+        self.pattern, config.rank_pattern = config.rank_pattern, None
+
 # %% ../nbs/api/33_train.ipynb #015080fd
 @dataclass
 class Job:
@@ -210,7 +235,7 @@ def epochs_of(log_history: list[dict[str, float]], best: str) -> list[dict[str, 
         epoch |= {name.removeprefix("eval_"): value for name, value in entry.items() if is_score(name)}
     return [epoch for epoch in history.values() if best in epoch]
 
-# %% ../nbs/api/33_train.ipynb #23a485de
+# %% ../nbs/api/33_train.ipynb #3241c944
 def make_record(job: Job, trainer: Trainer) -> dict[str, Any]:
     "The record of a finished run: settings, metrics of its best and last epoch, counts, seconds, history, versions."
     settings = dataclasses.asdict(job.run)
@@ -229,15 +254,17 @@ def make_record(job: Job, trainer: Trainer) -> dict[str, Any]:
         "metrics": metrics,
         **count_parameters(trainer.model),
         "seconds": round(progress.seconds, 1),
+        "seconds_per_step": round(progress.seconds_per_step(), 4),
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "history": history,
         **({"structure": history_of(trainer.state)} if job.run.method in CHANGING else {}),
+        **({"pairs": history_of(trainer.state, "RMLoRACallback")} if any(job.run.rm_parts()) else {}),
         "versions": versions(),
     }
 
-# %% ../nbs/api/33_train.ipynb #497fd3c6
+# %% ../nbs/api/33_train.ipynb #06d66460
 MAY_DIFFER = {"device", "report_to"}  # where a run computes and reports
 
 
@@ -303,8 +330,9 @@ def prepare(
     check_device(run)
     check_report_to(run.report_to)
     model, tokenizer = build_model(run, task)
-    for callback in callbacks_of(run)[:-1]:
-        callback.check(model)
+    for callback in callbacks_of(run):
+        if hasattr(callback, "check"):
+            callback.check(model)
     data = load_data(run, tokenizer)
     prefix, first = next(iter(validation_splits(data).items()))
     best = "_".join(filter(None, [prefix, task.metrics[0]]))
@@ -314,9 +342,17 @@ def prepare(
 
 
 def callbacks_of(run: Run) -> list[transformers.TrainerCallback]:
-    "A run's callbacks; the structure's comes first, so that the other sees what it did."
-    changing = [IMCallback(**dataclasses.asdict(run.settings()))] if run.method in CHANGING else []
-    return [*changing, Progress(advise=run.task != DEMO.name)]
+    "A run's callbacks; what is the method's comes first, so that the last one sees what it did."
+    own: list[transformers.TrainerCallback] = []
+    if run.method in CHANGING:
+        own.append(IMCallback(**dataclasses.asdict(run.settings())))
+    regularised, masked = run.rm_parts()
+    if regularised or masked:
+        coefficient, mask = run.rm_coefficient * regularised, run.rm_mask if masked else None
+        own.append(RMLoRACallback(coefficient, run.rm_directions, mask, seed=run.seed))
+    if run.method == "adalora":
+        own.append(AdaLoRASteps())
+    return [*own, Progress(advise=run.task != DEMO.name)]
 
 
 def make_trainer(job: Job) -> Trainer:
@@ -343,6 +379,8 @@ def carry_out(
     if job.record:
         return job.record
     run, folder, checkpoint = job.run, job.folder, last_complete_checkpoint(job.folder / "checkpoints")
+    if run.method == "adalora":
+        checkpoint = None
     if job.args.process_index == 0:
         write_json(folder / "run.json", as_started(run))
         announce(job, checkpoint)
@@ -381,7 +419,8 @@ def announce(job: Job, checkpoint: Path | None) -> None:
     if checkpoint:
         print(f"going on from {checkpoint.name}", flush=True)
     elif any((job.folder / "checkpoints").glob("checkpoint-*")):
-        print("no checkpoint is whole: from the start", flush=True)
+        why = "adalora cannot go on" if run.method == "adalora" else "no checkpoint is whole"
+        print(f"{why}: from the start", flush=True)
 
 
 def train(

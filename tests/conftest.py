@@ -60,6 +60,10 @@ def glue_data(tmp_path_factory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers, a file goes to one of them, for its fixtures are costly; notebooks one by one."""
+    for item in items:
+        if item.path.stem != "test_notebooks":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if not os.environ.get("LOR2C_SLOW"):
         for item in items:
             if item.get_closest_marker("slow"):

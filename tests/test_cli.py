@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from lor2c.adapters import is_complete, last_complete_checkpoint, write_json
+from lor2c.adapters import is_complete, last_complete_checkpoint
 from lor2c.cli import main
 from lor2c.data import GLUE, demo_model, load_demo
+from lor2c.disk import write_json
 from lor2c.run import build_model, glue_run, load_base
 from lor2c.train import carry_out, make_trainer, prepare
 
@@ -170,7 +171,7 @@ def refused(capsys, *arguments: str | Path) -> str:
     "changes, message",
     [
         (["--task", "imdb"], "'imdb'"),
-        (["--method", "dora"], "unknown method 'dora': choose one of head, full, lora, lor2c"),
+        (["--method", "vera"], "unknown method 'vera': choose one of head, full, lora"),
         (["--rank", "0"], "rank must be above 0, found 0"),
         (["--epochs", "-1"], "epochs must be above 0, found -1"),
         (["--dropout", "1.5"], "dropout must be at least 0 and below 1"),
@@ -186,7 +187,7 @@ def refused(capsys, *arguments: str | Path) -> str:
         (["--method", "imlor2c", "--score", "rank"], "unknown score 'rank': choose one of sfs, mean"),
         (["--method", "imlor2c", "--sfs-k", "8"], "k of SFS must be a whole number from 1 to r - 1 = 7, found 8"),
         (["--method", "lora", "--rules", "reference"], "method 'lora' has no rules: choose one of imlor2c"),
-        (["--method", "lora", "--share"], "share is for the LoR2C methods, not for 'lora'"),
+        (["--method", "lora", "--share"], "method 'lora' has no share: choose one of lor2c, sharelor2c"),
         (["--model", "no-such/model"], "pass the path of a local model"),
         (["--task", "rte"], "rte"),
     ],
@@ -375,4 +376,4 @@ def test_demo_passes_limits_to_the_methods_that_have_them(capsys, tmp_path):
     assert "structure of mergelor2c" in capsys.readouterr().out
     assert (tmp_path / "demo" / "structure-mergelor2c.png").stat().st_size > 1000
     error = refused(capsys, "demo", "--max-merges", "2", "--output-dir", tmp_path / "other")
-    assert "max_merges needs a method that changes its structure: --methods imlor2c" in error
+    assert "none of the methods has max_merges: choose one of imlor2c, mergelor2c" in error

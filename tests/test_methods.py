@@ -1,0 +1,89 @@
+"""Every method of the command line trains, is saved, and comes back as what was scored."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from peft import PeftModel
+from tiny import ENCODER
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lor2c.data import compute_metrics, demo_model
+from lor2c.run import METHODS, glue_run, load_data, run_task
+from lor2c.train import make_trainer, prepare, train
+
+CASES = [(method, {}) for method in METHODS] + [("lor2c", {"rm": True}), ("imlor2c", {"rm": True})]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A random BERT of six narrow layers, with MiniLM's tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = T.BertConfig(**{**ENCODER, "vocab_size": 30_522, "num_hidden_layers": 6})
+    T.BertModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
+    return str(folder)
+
+
+def run_of(method: str, base: str, data: Path, **changes):
+    limits = {name: 1 for name in ("max_merges", "max_injections") if method in ("imlor2c",)}
+    settings = dict(epochs=3, batch_size=16, max_length=16, lr=1e-2, seed=3, device="cpu", data_dir=str(data))
+    return glue_run("sst2", method, base, **(settings | limits | changes))
+
+
+@pytest.mark.parametrize("method, changes", CASES, ids=lambda v: v if isinstance(v, str) else "+".join(v))
+def test_comes_back_as_scored(method, changes, base, glue_data, tmp_path):
+    if method in ("mergelor2c", "injectlor2c"):
+        changes = {"max_merges" if method == "mergelor2c" else "max_injections": 1}
+    run = run_of(method, base, glue_data, **changes)
+    record = train(run, tmp_path / "run")
+    assert record == json.loads((tmp_path / "run/record.json").read_text()) and len(record["history"]) == 3
+    how = dict(num_labels=2, dtype=torch.float32)
+    if method == "full":
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model", **how)
+    else:
+        fresh = AutoModelForSequenceClassification.from_pretrained(base, **how)
+        model = PeftModel.from_pretrained(fresh, tmp_path / "run/adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = load_data(run, tokenizer)["validation"]
+    batch = tokenizer.pad(rows.select_columns(["input_ids", "attention_mask"]).to_dict(), return_tensors="pt")
+    with torch.no_grad():
+        logits = model.eval()(**batch).logits
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows["labels"])).item()
+    best = record["metrics"]["best"]
+    assert compute_metrics(run_task(run), logits.numpy(), rows["labels"])["accuracy"] == best["accuracy"]
+    if method != "adalora":  # PEFT adds its regulariser to the loss
+        assert loss == pytest.approx(best["loss"], abs=1e-5)
+
+
+def test_rm_writes_down_what_the_paper_measures(base, glue_data, tmp_path):
+    """An entry at the start and after each epoch, of every pair; the pairs of a structure that changes come and go."""
+    record = train(run_of("imlor2c", base, glue_data, rm=True, rm_coefficient=1e-2), tmp_path)
+    assert [entry["epoch"] for entry in record["pairs"]] == [0, 1, 2, 3]
+    assert [len(entry["pairs"]) for entry in (record["pairs"][0], record["pairs"][-1])] == [6, 6 - 1 - 1 + 2]
+    first = next(iter(record["pairs"][0]["pairs"].values()))
+    assert first["rank"] == 0 and first["orthogonality"] == ENCODER["hidden_size"]  # dW = 0: ||-I||^2 = d
+
+
+def test_adalora_ends_at_its_final_rank(base, glue_data, tmp_path):
+    """Of twelve singular values that each of twelve projections begins with, eight are left on average."""
+    job = prepare(run_of("adalora", base, glue_data), tmp_path)
+    job.args.load_best_model_at_end = False
+    trainer = make_trainer(job)
+    trainer.train()
+    values = [p for name, p in trainer.model.named_parameters() if "lora_E" in name]
+    assert [p.numel() for p in values] == 12 * [12] and sum(int((p != 0).sum()) for p in values) == 12 * 8
+
+
+def test_adalora_begins_again(base, glue_data, tmp_path, capsys):
+    """No checkpoint holds the importance of its values, so an interrupted run starts from the beginning."""
+    run = run_of("adalora", base, glue_data)
+    first = train(run, tmp_path / "a")
+    (tmp_path / "b/checkpoints/checkpoint-1").mkdir(parents=True)
+    (tmp_path / "b/run.json").write_text((tmp_path / "a/run.json").read_text())
+    capsys.readouterr()
+    again = train(run, tmp_path / "b", resume=True)
+    assert "adalora cannot go on: from the start" in capsys.readouterr().out and again["history"] == first["history"]
