@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHANGING', 'RESIDUALS', 'PEFT_METHODS', 'RM_LORA', 'SHORTCUTS', 'METHODS', 'WITH_RM', 'HAVE', 'RECIPES', 'OWN_LR',
-           'DEMO_LR', 'Run', 'one_of', 'glue_run', 'demo_run', 'adapter_config', 'lora_settings', 'find_model',
-           'load_base', 'load_tokenizer', 'position_limit', 'new_modules', 'build_model', 'count_parameters',
-           'run_task', 'load_data', 'by_length', 'validation_splits']
+           'DEMO_LR', 'MINILM_LR', 'Run', 'one_of', 'glue_run', 'demo_run', 'adapter_config', 'lora_settings',
+           'find_model', 'load_base', 'load_tokenizer', 'position_limit', 'new_modules', 'build_model',
+           'count_parameters', 'run_task', 'load_data', 'by_length', 'validation_splits']
 
 # %% ../nbs/api/32_run.ipynb #e6e6e648
 from dataclasses import dataclass, replace
@@ -134,7 +134,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
 
-# %% ../nbs/api/32_run.ipynb #9c365a07
+# %% ../nbs/api/32_run.ipynb #0c2732fc
 RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "mnli": (30, 128, 256, 5e-4),
     "mrpc": (30, 64, 256, 4e-4),
@@ -147,7 +147,8 @@ RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "cola": (30, 16, 256, 4e-4),
 }
 OWN_LR = {"full": 2e-5, "head": 1e-2}  # full: the usual; head: the best of three on MRPC, see the tutorial on GLUE
-DEMO_LR = {"full": 5e-5, "head": 1e-1}  # adapters: 2e-3
+DEMO_LR = {"full": 5e-5, "head": 1e-1, "adalora": 3e-2, "loha": 1e-2, "lokr": 1e-2}  # other adapters: 2e-3
+MINILM_LR = 3e-3  # on GLUE with the demo's encoder, for adapters without a rate of their own above
 
 
 def glue_run(
@@ -160,6 +161,8 @@ def glue_run(
     glue_task(task)
     epochs, batch_size, max_length, lr = RECIPES[task]
     limits = dict.fromkeys(CHANGING.get(method, ()), 3)
+    if model == "minilm":
+        lr = DEMO_LR.get(method, MINILM_LR)
     run = Run(task, method, model, epochs, batch_size, max_length, OWN_LR.get(method, lr), **limits)
     return replace(run, **{name: value for name, value in changes.items() if value is not None})
 
