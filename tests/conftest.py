@@ -59,6 +59,7 @@ def glue_data(tmp_path_factory) -> Path:
     return folder.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, a file goes to one of them, for its fixtures are costly; notebooks one by one."""
     for item in items:
