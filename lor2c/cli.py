@@ -8,7 +8,7 @@ __all__ = ['MACHINE', 'EXAMPLES', 'make_parser', 'add_demo', 'add_glue', 'add_sw
            'draw_structure', 'is_first', 'prepare_or_exit', 'stop', 'summary', 'run_inspect', 'counts', 'run_sweep',
            'run_compare', 'run_demo', 'table', 'show_use', 'classify', 'main', 'quieten']
 
-# %% ../nbs/api/40_cli.ipynb #f7b8d059
+# %% ../nbs/api/40_cli.ipynb #2e607352
 import argparse
 import dataclasses
 import os
@@ -26,7 +26,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from .adapters import describe
-from .compare import carry_out_comparison, fitting, prepare_comparison
+from .compare import carry_out_comparison, check_used, fitting, prepare_comparison
 from .data import DEMO, GLUE
 from .plots import best_of, plot_runs, plot_structure, save_picture
 from .pool import check_jobs
@@ -258,17 +258,18 @@ def run_inspect(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         stop(error)
 
-# %% ../nbs/api/40_cli.ipynb #8371afd8
+# %% ../nbs/api/40_cli.ipynb #f8f90d4a
 def counts(
     text: str,
+    name: str = "counts",
 ) -> list[int]:  # in order, each once
-    "'0-6' -> 0 to 6, '2' -> 2, '0,2,4' -> those. ValueError for anything else."
+    "'0-6' -> 0 to 6, '2' -> 2, '0,2,4' -> those. ValueError for anything else, and for more than a thousand."
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,3})(?:-(\d{1,3}))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise ValueError(f"counts must be such as 0-6, 2 or 0,2,4, found {text!r}")
+        if not first <= last < first + 1000:
+            raise ValueError(f"{name} must be such as 0-6, 2 or 0,2,4, found {text!r}")
         found.update(range(first, last + 1))
     return sorted(found)
 
@@ -292,14 +293,14 @@ def run_sweep(args: argparse.Namespace) -> None:
             print(f"best of {len(grid.records)}: {describe_cell(best_of(list(grid.records.values())))}")
             print(f"picture: {grid.folder / 'grid.png'}", flush=True)
 
-# %% ../nbs/api/40_cli.ipynb #f4e2d08a
+# %% ../nbs/api/40_cli.ipynb #7a2225b7
 def run_compare(args: argparse.Namespace) -> None:
     "Train all, then print the table and where the picture is."
     names, methods = ([one.strip() for one in text.split(",")] for text in (args.tasks, args.methods))
     try:
         check_jobs(args.jobs)
         comparison = prepare_comparison(
-            names, methods, counts(args.seeds), args.model, args.output_dir, **changes_of(args)
+            names, methods, counts(args.seeds, "seeds"), args.model, args.output_dir, **changes_of(args)
         )
     except (ValueError, OSError, ImportError) as error:
         stop(error)
@@ -313,7 +314,7 @@ def run_compare(args: argparse.Namespace) -> None:
             print((comparison.folder / "table.md").read_text(encoding="utf-8"))
             print(f"picture: {comparison.folder / 'compare.png'}", flush=True)
 
-# %% ../nbs/api/40_cli.ipynb #9b1f2c0c
+# %% ../nbs/api/40_cli.ipynb #0586b6df
 def run_demo(args: argparse.Namespace) -> None:
     "Train the methods one after the other; table, picture, and an adapter loaded back."
     folder = Path(args.output_dir)
@@ -323,9 +324,10 @@ def run_demo(args: argparse.Namespace) -> None:
     }
     methods = dict.fromkeys(name.strip() for name in args.methods.split(","))
     given = {name: getattr(args, name) for name in HAVE if getattr(args, name, None) is not None}
-    for name in given:
-        if not any(method in HAVE[name] for method in methods):
-            stop(ValueError(f"none of the methods has {name}: choose one of {', '.join(HAVE[name])}"))
+    try:
+        check_used(given, list(methods))
+    except ValueError as error:
+        stop(error)
     jobs = [prepare_or_exit(demo_run, m, folder / m, True, changes | fitting(given, m)) for m in methods]
     records = []
     for job in jobs:

@@ -6,8 +6,9 @@
 __all__ = ['by_norms', 'by_weights', 'folded_weight', 'alphas_of', 'fold_block', 'truncate', 'Folded', 'plain_linear',
            'logits_of', 'in_eval_mode', 'fold', 'check_how', 'fold_all', 'lora_config']
 
-# %% ../nbs/api/19_fold.ipynb #f9f63595
+# %% ../nbs/api/19_fold.ipynb #6141bb11
 import copy
+import json
 import math
 import re
 from collections import Counter
@@ -84,7 +85,7 @@ def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     lost = (torch.linalg.norm(values[rank:]) / whole).item() if whole else 0.0
     return (root[:, None] * (V[:rank] @ Q_A.mT)).to(A), ((Q_B @ U[:, :rank]) * root).to(B), lost
 
-# %% ../nbs/api/19_fold.ipynb #88644829
+# %% ../nbs/api/19_fold.ipynb #0202de53
 @dataclass(frozen=True)
 class Folded:
     "A ResLoRA adapter folded to plain LoRA: nothing in it refers to the model that it came from."
@@ -98,11 +99,16 @@ class Folded:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the adapter, whole or not at all, for `PeftModel.from_pretrained(base, folder)`, without lor2c.
 
-        Raises FileExistsError where the folder holds anything but an adapter.
+        Raises FileExistsError where the folder holds anything but an adapter, or one that is not plain LoRA.
         """
-        folder, ours = Path(save_directory), {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+        folder = Path(save_directory).absolute()
+        ours = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
         if folder.exists() and (other := {file.name for file in folder.iterdir()} - ours):
             raise FileExistsError(f"{folder} holds {min(other)}, which saving would remove: choose a new folder")
+        config = folder / "adapter_config.json"
+        kind = json.loads(config.read_text(encoding="utf-8")).get("peft_type") if config.exists() else "LORA"
+        if kind != "LORA":
+            raise FileExistsError(f"{folder} holds the {kind} adapter, which saving would remove: choose a new folder")
         save_whole(SimpleNamespace(save_pretrained=self._write), folder)
 
     def _write(self, folder: Path) -> None:
@@ -175,13 +181,15 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/api/19_fold.ipynb #4a9d3efa
+# %% ../nbs/api/19_fold.ipynb #faf04581
 def fold(tuner: ResLoRAModel, how: str = "exact", adapter_name: str = "default", rank: int | None = None) -> Folded:
     """A ResLoRA adapter as plain LoRA: "exact" for block shortcuts, approximated "input" or "weight" for the others.
 
     Changes nothing. ValueError where that way does not fit the shortcut, and where norms of inputs are needed but no
     batch has been run in train mode. Source: ResLoRA section 3.3, Eq. 5 to 13.
     """
+    if not isinstance(tuner, ResLoRAModel):
+        raise TypeError(f"a ResLoRA tuner is folded, as in model.fold(), found {type(tuner).__name__}")
     if adapter_name not in tuner.peft_config:
         raise ValueError(f"no adapter {adapter_name!r}, the model has {', '.join(tuner.peft_config)}")
     config = tuner.peft_config[adapter_name]

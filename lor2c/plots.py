@@ -218,7 +218,7 @@ def draw_cell(axes: Axes, x: int, y: int, record: dict[str, Any] | None, reachab
         axes.text(x, y, f"{score_of(record):.3f}{star}", ha="center", va="center", fontsize=9.5, color=ink)
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, lw=0.5, hatch=None if reachable else "///", **look))
 
-# %% ../nbs/api/34_plots.ipynb #f0b28121
+# %% ../nbs/api/34_plots.ipynb #150d624f
 def names_of(
     records: Sequence[dict[str, Any]],
 ) -> list[str]:  # one for each record
@@ -242,12 +242,13 @@ def constant_answer(records: Sequence[dict[str, Any]], task: str) -> float:
 
 def plot_comparison(
     records: Sequence[dict[str, Any]],  # of several methods, tasks, seeds
+    names: Sequence[str] | None = None,  # of the contenders, one for each record; None: as `names_of` finds them
 ) -> Figure:
     "Best epoch's score against trained numbers, a panel for each task. Raises ValueError for no records."
     tasks = list(dict.fromkeys(record["task"] for record in records))
     if not tasks:
         raise ValueError("no records to compare")
-    names = names_of(records)
+    names = names or names_of(records)
     figure, panels = plt.subplots(
         1, len(tasks), figsize=(1.9 + 2.9 * len(tasks), 4.2), layout="constrained", squeeze=False
     )

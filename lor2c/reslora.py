@@ -7,7 +7,7 @@ __all__ = ['SHORTCUTS', 'LORA_NAMES', 'NOT_PLAIN', 'ResLoRAConfig', 'place_of', 
            'BlockDown', 'BlockUp', 'MeasuredDown', 'InputDown', 'MiddleDown', 'join', 'targets_of', 'link',
            'refuse_unsteady', 'refuse_merge', 'ResLoRAModel']
 
-# %% ../nbs/api/17_reslora.ipynb #cac6b7d5
+# %% ../nbs/api/17_reslora.ipynb #21c912ce
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,8 @@ from .config import OTHER_NAMES, check_numbers, refuse_other_names, write_card
 from .injection import is_linear, out_features, with_lora
 from .layout import Injection
 from .residual import hidden_states, this_thread
-from .tuner import switch, switches, warn_of_frozen_head
+from .stack import stacks
+from .tuner import layerdrop, switch, switches, warn_of_frozen_head
 
 # %% ../nbs/api/17_reslora.ipynb #9911233a
 SHORTCUTS = ("input", "block", "middle")
@@ -81,9 +82,16 @@ class ResLoRAConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory))
 
-# %% ../nbs/api/17_reslora.ipynb #48e5ce13
-def place_of(path: str) -> tuple[tuple[str, str], int] | None:
-    "The chain of a module and its layer: 'encoder.layer.3.query' -> (('encoder.layer', 'query'), 3); None outside."
+# %% ../nbs/api/17_reslora.ipynb #2c8c42c8
+def place_of(path: str, stacks: Iterable[str] = ()) -> tuple[tuple[str, str], int] | None:
+    """The chain of a module and its layer: 'encoder.layer.3.query' -> (('encoder.layer', 'query'), 3); None outside.
+
+    `stacks` are paths of known lists of layers; elsewhere the first number is the layer.
+    """
+    for stack in stacks:
+        number, _, rest = path.removeprefix(f"{stack}.").partition(".")
+        if path.startswith(f"{stack}.") and number.isdecimal():
+            return (stack, rest), int(number)
     parts = path.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return None if at is None else ((".".join(parts[:at]), ".".join(parts[at + 1 :])), int(parts[at]))
@@ -101,11 +109,13 @@ def links_of(
 def chains_of(
     shapes: Mapping[str, tuple[int, int]],  # path of a module -> (in, out)
     pre_num: int,
+    stacks: Iterable[str] = (),  # paths of the model's lists of layers
 ) -> list[tuple[list[str], list[list[int]]]]:  # paths in the order of their layers, links
     "The chains among these modules, without those that link nothing. ValueError where nothing at all is linked."
     members: dict[tuple[str, str], list[tuple[int, str]]] = {}
+    known = tuple(stacks)
     for path in shapes:
-        if (place := place_of(path)) is not None:
+        if (place := place_of(path, known)) is not None:
             members.setdefault(place[0], []).append((place[1], path))
     ordered = [[path for _, path in sorted(some)] for some in members.values()]
     chains = [(paths, links_of([shapes[path] for path in paths], pre_num)) for paths in ordered]
@@ -113,7 +123,8 @@ def chains_of(
         found = ", ".join(f"{path} ({size[0]} to {size[1]})" for path, size in shapes.items())
         raise ValueError(
             "nothing to link: no two target modules have the same name in different numbered layers, and the same shape, "
-            f"within pre_num={pre_num}. Found {found}. Target modules that every layer has, or pass pre_num=0 for LoRA"
+            f"within pre_num={pre_num}; the layer is the number after a list of transformer layers, or else the first in a "
+            f"path. Found {found}. Target modules that every layer has, or pass pre_num=0 for LoRA"
         )
     return [(paths, links) for paths, links in chains if any(links)]
 
@@ -259,7 +270,7 @@ def join(chain: Chain, layer: LoraLayer, name: str, config: ResLoRAConfig) -> No
     chain.downs.append(layer.lora_A[name].train(layer.training))
     chain.ups.append(layer.lora_B[name].train(layer.training))
 
-# %% ../nbs/api/17_reslora.ipynb #6be42133
+# %% ../nbs/api/17_reslora.ipynb #27106b03
 def targets_of(
     model: nn.Module, config: ResLoRAConfig
 ) -> dict[str, tuple[int, int]]:  # path of a target module -> (in, out)
@@ -280,7 +291,7 @@ def link(model: nn.Module, name: str, config: ResLoRAConfig) -> None:
     layers = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
     shapes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     double = config.shortcut == "input" and config.first == "double"
-    for paths, links in chains_of(shapes, config.pre_num):
+    for paths, links in chains_of(shapes, config.pre_num, stacks(model)):
         chain = Chain(paths, links, double)
         for path in paths:
             join(chain, layers[path], name, config)
@@ -288,8 +299,7 @@ def link(model: nn.Module, name: str, config: ResLoRAConfig) -> None:
 
 def refuse_unsteady(model: nn.Module, targets: Iterable[str]) -> None:
     "ValueError where what an earlier layer holds may be missing or of other tokens: skipped layers, single experts."
-    config = getattr(model, "config", None)
-    drop = max(getattr(config, f"{part}layerdrop", 0) or 0 for part in ("", "encoder_", "decoder_"))
+    drop = layerdrop(model)
     experts = next((path for path in targets if "experts" in path.split(".")), None)
     if drop or experts:
         why = (
@@ -300,7 +310,7 @@ def refuse_unsteady(model: nn.Module, targets: Iterable[str]) -> None:
             + (", or load the model with layerdrop=0" if drop else ", or other target_modules")
         )
 
-# %% ../nbs/api/17_reslora.ipynb #19e2396b
+# %% ../nbs/api/17_reslora.ipynb #d7273174
 NOT_PLAIN = (
     "a ResLoRA adapter has shortcuts between layers, so its blocks cannot be merged one by one: fold it first, "
     "model.fold(...), which gives a plain LoRA adapter that merges"
@@ -326,7 +336,7 @@ class ResLoRAModel(BaseTuner):
     def _prepare_adapter_config(self, config: ResLoRAConfig, model_config: dict) -> ResLoRAConfig:
         config = include_all_linear(super()._prepare_adapter_config(config, model_config), self.model)
         if targets := targets_of(self.model, config):  # PEFT has an error of its own for none
-            chains_of(targets, config.pre_num)
+            chains_of(targets, config.pre_num, stacks(self.model))
         if config.pre_num and config.shortcut != "block":
             refuse_unsteady(self.model, targets)
         warn_of_frozen_head(self.model, config)

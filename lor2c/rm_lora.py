@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKS', 'REDUCTIONS', 'draw_directions', 'RMSettings', 'add_regulariser', 'masked_parts', 'clip_all',
-           'RMLoRACallback', 'check_hookable', 'check_pairs']
+           'RMLoRACallback', 'check_hookable', 'check_pairs', 'check_held']
 
 # %% ../nbs/api/23_rm_lora.ipynb #ac22b2dc
 import math
@@ -36,7 +36,7 @@ def draw_directions(
     "R_t: k distinct numbers below r, the same wherever they are drawn. Source: RM-LoRA Algorithm 1, line 6."
     return sorted(random.Random(f"{seed} {step} {name}").sample(range(r), k))
 
-# %% ../nbs/api/23_rm_lora.ipynb #fb83526e
+# %% ../nbs/api/23_rm_lora.ipynb #1dbfb32a
 MASKS = (None, "gradient", "update")
 REDUCTIONS = ("sum", "mean")
 
@@ -59,6 +59,12 @@ class RMSettings:
     rtol: float | None = None  # of the rank in the history
 
     def __post_init__(self) -> None:
+        kinds = {"coefficient": (int, float), "share_directions": bool, "squared": bool, "seed": int}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(
+                    f"{name} must be {'true or false' if kind is bool else 'a number'}, found {getattr(self, name)!r}"
+                )
         for name, allowed in (("mask", MASKS), ("reduction", REDUCTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -121,7 +127,7 @@ def clip_all(optimizer: Optimizer, max_norm: float | Tensor) -> None:
     for some in kinds:
         clip_grads_with_norm_(some, max_norm, total)
 
-# %% ../nbs/api/23_rm_lora.ipynb #121ae4d3
+# %% ../nbs/api/23_rm_lora.ipynb #cee8f7ad
 class RMLoRACallback(TrainerCallback, ExportableState):
     """RM-LoRA in any Trainer, for any PEFT LoRA and for LoR2C; coefficient=0 is GM-LoRA, mask=None is R-LoRA.
 
@@ -156,6 +162,10 @@ class RMLoRACallback(TrainerCallback, ExportableState):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_model": None, "_handles": (), "_kept": []}  # a copy has begun nothing
 
+    def check(self, model: nn.Module) -> None:
+        "ValueError where this model's pairs cannot be regularised and masked as asked."
+        check_pairs(low_rank_pairs(model), self.settings)
+
     # A loop of one's own
 
     def begin(
@@ -168,7 +178,8 @@ class RMLoRACallback(TrainerCallback, ExportableState):
         self.finish()
         inner = check_hookable(model, optimizer)
         reshard(model)
-        check_pairs(low_rank_pairs(model), self.settings, inner)
+        self.check(model)
+        check_held(low_rank_pairs(model), inner)
         self._model, self.step, self._stepped = model, step, False
         self._handles = inner.register_step_pre_hook(self._before), inner.register_step_post_hook(self._after)
         if step == 0:
@@ -177,9 +188,19 @@ class RMLoRACallback(TrainerCallback, ExportableState):
             self.measure(self._epoch())
 
     def measure(self, epoch: float | None = None) -> dict[str, Any]:
-        "Add an entry to the history: rank and orthogonality of every B A, and its regulariser."
-        how = self.settings.squared, self.settings.rtol
-        pairs = {n: measure_pair(p.A.rows(), p.B.rows().mT, *how) for n, p in low_rank_pairs(self._model).items()}
+        "Add an entry to the history: rank and orthogonality of every B A, and its regulariser; from `begin` to `finish`."
+        if self._model is None:
+            raise RuntimeError(
+                "there is no model to measure before begin and after finish, which ends a Trainer's training: look at "
+                "`history`, or use low_rank_pairs(model) and measure_pair"
+            )
+        pairs = {}
+        for name, pair in low_rank_pairs(self._model).items():
+            try:
+                how = self.settings.squared, self.settings.rtol
+                pairs[name] = measure_pair(pair.A.rows(), pair.B.rows().mT, *how)
+            except ValueError as error:
+                raise ValueError(f"step {self.step}, {name}: {error}") from error
         self.history.append({"step": self.step, "epoch": epoch, "pairs": pairs})
         return self.history[-1]
 
@@ -265,7 +286,7 @@ class RMLoRACallback(TrainerCallback, ExportableState):
             )
         self.history = saved["attributes"]["history"]
 
-# %% ../nbs/api/23_rm_lora.ipynb #fc4121bd
+# %% ../nbs/api/23_rm_lora.ipynb #cee89762
 def check_hookable(model: nn.Module, optimizer: Any) -> Optimizer:  # the torch optimizer inside
     "TypeError where an optimizer's step does not see whole gradients; ValueError where another callback works on it."
     for one in (optimizer, *model.modules()):
@@ -283,17 +304,21 @@ def check_hookable(model: nn.Module, optimizer: Any) -> Optimizer:  # the torch 
     return inner
 
 
-def check_pairs(pairs: dict[str, LowRankPair], settings: RMSettings, optimizer: Optimizer) -> None:
-    "ValueError where there is no pair, one has fewer directions than asked for, or the optimizer does not train one."
+def check_pairs(pairs: dict[str, LowRankPair], settings: RMSettings) -> None:
+    "ValueError where there is no pair, or one has fewer directions than asked for; injected LoRA may have fewer."
     if not pairs:
         raise ValueError(
             "the model has no trained low-rank pair: RM-LoRA needs an active LoRA or LoR2C adapter with requires_grad"
         )
     for name, pair in pairs.items():
-        if settings.mask and (settings.directions or 1) > pair.A.r:
+        if settings.mask and not pair.injected and (settings.directions or 1) > pair.A.r:
             raise ValueError(
                 f"directions={settings.directions}, but {name} has rank {pair.A.r}: choose 1 to {pair.A.r}"
             )
+
+
+def check_held(pairs: dict[str, LowRankPair], optimizer: Optimizer) -> None:
+    "ValueError where the optimizer does not train a pair."
     held = {p for group in optimizer.param_groups for p in group["params"]}
     trained = {f.p for pair in pairs.values() for f in (pair.A, pair.B) if f.p.requires_grad}
     if lost := len(trained - held):

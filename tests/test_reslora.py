@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 import lor2c
 from lor2c.adapters import describe
-from lor2c.reslora import Chain, InputDown, MeasuredDown, chains_of, links_of, place_of
+from lor2c.reslora import BlockDown, Chain, InputDown, MeasuredDown, chains_of, links_of, place_of
 
 SHORTCUTS = ("input", "block", "middle")
 READING = ("input", "middle")
@@ -180,6 +180,16 @@ def test_chains_by_path():
     assert chains_of(shapes, 1) == [(["layers.0.q", "layers.2.q", "layers.10.q", "layers.11.q"], [[], [0], [1], [2]])]
     assert links_of([(4, 4), (4, 2), (4, 4), (4, 2)], 1) == [[], [], [], []]  # within reach, or not at all
     assert links_of([(4, 4), (4, 2), (4, 4), (4, 2)], 2) == [[], [], [0], [1]]
+
+
+@pytest.mark.parametrize("wrap", [nn.Sequential, lambda m: nn.ModuleList([m, build("Llama")])], ids=["one", "two"])
+def test_layers_are_found_behind_other_numbers(wrap):
+    """A model inside of a list, as sentence encoders are, or two: layers are linked, and never the models."""
+    found = wrap(build("Llama"))
+    model = get_peft_model(found, lor2c.ResLoRAConfig(target_modules=["q_proj"], pre_num=1))
+    chains = {id(m.chain): m.chain for m in model.modules() if isinstance(m, BlockDown)}.values()
+    assert [chain.links for chain in chains] == len(found) * [[[], [0], [1], [2]]]
+    assert all(len({path.split(".")[0] for path in chain.paths}) == 1 for chain in chains)
 
 
 def test_a_new_forward_clears_what_an_old_one_left():
@@ -775,7 +785,10 @@ def test_folding_is_refused_where_it_does_not_fit(tmp_path):
     with pytest.raises(FileExistsError, match="notes.txt"):
         block.fold().save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    for _ in range(2):  # an adapter is replaced
+    block.save_pretrained(tmp_path / "block")
+    with pytest.raises(FileExistsError, match="holds the RESLORA adapter"):
+        block.fold().save_pretrained(tmp_path / "block")
+    for _ in range(2):  # an adapter of LoRA is replaced
         block.fold().save_pretrained(tmp_path / "plain")
 
 

@@ -575,6 +575,25 @@ def test_pairs_come_and_go_under_imcallback(tmp_path, share):
         )  # a fresh pair has r for its B and more for A
 
 
+def test_a_training_goes_on_after_an_injection_of_fewer_directions():
+    """What a run may begin with, its checkpoints may be resumed with: injected LoRA has half the rank."""
+    model, callback = injected(stack="Llama"), RMLoRACallback(directions=3)
+    assert {pair.A.r for pair in low_rank_pairs(model).values()} == {2, 4}
+    callback.begin(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), step=12)
+    callback.finish()
+    with pytest.raises(ValueError, match=r"directions=5, but .*lor2c.* has rank 4: choose 1 to 4"):
+        RMLoRACallback(directions=5).check(model)
+
+
+def test_the_last_step_is_in_the_history(tmp_path):
+    """Also where it is not the end of an epoch; and there is nothing to measure once training is over."""
+    callback = RMLoRACallback(0.05)
+    trainer_of(tmp_path, callback, max_steps=6).train()
+    assert [entry["step"] for entry in callback.history] == [0, 4, 6]
+    with pytest.raises(RuntimeError, match="before begin and after finish"):
+        callback.measure()
+
+
 def test_the_history_is_in_the_checkpoints(tmp_path):
     callback = RMLoRACallback(0.05)
     trainer_of(tmp_path, callback, save_strategy="epoch").train()
