@@ -48,7 +48,7 @@ def attempt(
             traceback.print_exc(file=log)
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-# %% ../nbs/api/35_pool.ipynb #48d25dd4
+# %% ../nbs/api/35_pool.ipynb #16b8ee36
 def begin_worker(threads: int, verbosity: int, alive: Connection) -> None:
     "Set up a process of the pool."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -76,7 +76,7 @@ def results(todo: Mapping[Path, Run], jobs: int) -> Iterator[tuple[Path, dict[st
     alive, holder = processes.Pipe(duplex=False)
     threads = max(1, torch.get_num_threads() // jobs)
     settings = threads, transformers.logging.get_verbosity(), alive
-    with ProcessPoolExecutor(jobs, processes, begin_worker, settings) as pool:
+    with ProcessPoolExecutor(jobs, processes, begin_worker, settings, max_tasks_per_child=8) as pool:
         try:
             futures = {pool.submit(attempt, run, folder, False): folder for folder, run in todo.items()}
             for future in as_completed(futures):
