@@ -383,3 +383,22 @@ def test_demo_passes_limits_to_the_methods_that_have_them(capsys, tmp_path):
     assert (tmp_path / "demo" / "structure-mergelor2c.png").stat().st_size > 1000
     error = refused(capsys, "demo", "--max-merges", "2", "--output-dir", tmp_path / "other")
     assert "none of the methods has max_merges: choose one of imlor2c, mergelor2c" in error
+
+
+def test_compare_prints_its_table(capsys, glue_data, tmp_path):
+    """Two contenders, one seed each; the same command again trains nothing and prints the same table."""
+    command = (
+        "compare --tasks sst2 --methods head,lora:rank=2 --seeds 5 --epochs 1 --batch-size 16 --max-length 16 --lr 0.01"
+    )
+    command = [*command.split(), "--device", "cpu", "--data-dir", str(glue_data), "--output-dir", str(tmp_path / "two")]
+    main(command)
+    first = capsys.readouterr().out
+    assert "| head | 0 | 0.01 |" in first and f"| lora:rank=2 | {6 * 2 * 2 * 384 * 2:,} |" in first
+    assert (tmp_path / "two/compare.png").read_bytes().startswith(b"\x89PNG")
+    assert {p.parent.name for p in tmp_path.rglob("record.json")} == {"seed-5"}
+    main(command)
+    again = capsys.readouterr().out
+    assert (
+        "2 of 2 runs were finished earlier" in again
+        and again[again.index("| method") :] == first[first.index("| method") :]
+    )
