@@ -6,7 +6,7 @@
 __all__ = ['MASKS', 'REDUCTIONS', 'draw_directions', 'RMSettings', 'add_regulariser', 'masked_parts', 'clip_all',
            'RMLoRACallback', 'check_hookable', 'check_pairs', 'check_held']
 
-# %% ../nbs/api/23_rm_lora.ipynb #ac22b2dc
+# %% ../nbs/api/23_rm_lora.ipynb #b8fcec6e
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -21,6 +21,7 @@ from torch.optim import LBFGS, Optimizer
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .callback import refuse_other_settings
 from .orthogonality import measure_pair, rows_gradient
 from .pairs import LowRankPair, local, low_rank_pairs
 from .surgery import NOT_HERE, full, inner_optimizer, reshard
@@ -127,7 +128,7 @@ def clip_all(optimizer: Optimizer, max_norm: float | Tensor) -> None:
     for some in kinds:
         clip_grads_with_norm_(some, max_norm, total)
 
-# %% ../nbs/api/23_rm_lora.ipynb #cee8f7ad
+# %% ../nbs/api/23_rm_lora.ipynb #ca9dedf1
 class RMLoRACallback(TrainerCallback, ExportableState):
     """RM-LoRA in any Trainer, for any PEFT LoRA and for LoR2C; coefficient=0 is GM-LoRA, mask=None is R-LoRA.
 
@@ -279,11 +280,7 @@ class RMLoRACallback(TrainerCallback, ExportableState):
         return None if self._per_epoch is None else self.step / self._per_epoch
 
     def _go_on_from(self, saved: dict[str, Any]) -> None:
-        asked = self.state()["args"]
-        if other := [f"{k} was {v!r}, now {asked.get(k)!r}" for k, v in saved["args"].items() if asked.get(k) != v]:
-            raise ValueError(
-                f"training cannot be resumed with other settings of {type(self).__name__}: {'; '.join(other)}"
-            )
+        refuse_other_settings(self, saved)
         self.history = saved["attributes"]["history"]
 
 # %% ../nbs/api/23_rm_lora.ipynb #cee89762
