@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers as T
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from tiny import BUILD, DECODER, batch, build, task_type
+from tiny import BUILD, DECODER, batch, build, task_type, words_and_rows
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -525,15 +525,7 @@ def test_a_loop_with_accelerate_ends_as_the_trainer(tmp_path, accumulation):
 def test_in_trl(tmp_path):
     """SFTTrainer wraps the model itself."""
     trl = pytest.importorskip("trl")
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
-    rows = Dataset.from_dict({"text": [" ".join(f"w{(7 * i + j) % 60}" for j in range(10)) for i in range(16)]})
+    tokenizer, rows = words_and_rows()
     args = trl.SFTConfig(
         tmp_path, num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,
         bf16=False, disable_tqdm=True, max_length=16, save_strategy="no",

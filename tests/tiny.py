@@ -2,6 +2,8 @@
 
 import torch
 import transformers as T
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 ENCODER = dict(
@@ -124,3 +126,13 @@ def batch(stack: str, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict
         return dict(input_ids=ids, attention_mask=mask, labels=torch.randint(0, 2, (2,), generator=g))
     labels = torch.randint(3, 64, (2, 6), generator=g) if stack.startswith("T5") else ids.clone()
     return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def words_and_rows() -> tuple[T.PreTrainedTokenizerFast, Dataset]:
+    """A tokenizer of sixty words for the decoders, and sixteen rows of text: what TRL's trainers take."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(60))]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    rows = Dataset.from_dict({"text": [" ".join(f"w{(7 * i + j) % 60}" for j in range(10)) for i in range(16)]})
+    return T.PreTrainedTokenizerFast(tokenizer_object=raw, **names), rows
