@@ -9,7 +9,8 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-demo, dev = cfg["demo_requirements"].split(), cfg["dev_requirements"].split()
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("demo", "gemma", "eval", "dev")}
+extras["dev"] = sum(extras.values(), [])  # the tests run everything
 
 setup(
     name=cfg["lib_name"],
@@ -32,7 +33,7 @@ setup(
     packages=find_packages(include=["lor2c", "lor2c.*"]),
     package_data={"lor2c": ["py.typed"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"demo": demo, "dev": demo + dev},
+    extras_require=extras,
     entry_points={
         "console_scripts": cfg["console_scripts"].split("\n"),
         # Where nbdev finds the pages and sources of our names: it links them on our site, and on that of any project.

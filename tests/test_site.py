@@ -193,9 +193,10 @@ def test_the_menu_opens_on_a_phone(browser: Chrome, address: str) -> None:
     assert not menu.is_displayed()
     browser.find_element(By.CSS_SELECTOR, ".navbar-toggler").click()
     WebDriverWait(browser, 10).until(lambda _: menu.is_displayed() and "collapsing" not in menu.get_attribute("class"))
-    assert [a.text for a in menu.find_elements(By.CSS_SELECTOR, "a.nav-link")][:4] == [
+    assert [a.text for a in menu.find_elements(By.CSS_SELECTOR, "a.nav-link")][:5] == [
         "Home",
         "Tutorials",
+        "How-to",
         "Explanations",
         "API",
     ]

@@ -1,9 +1,11 @@
 """Tiny random models of ten families, eleven stacks: the columns of the contract."""
 
+from pathlib import Path
+
 import torch
 import transformers as T
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 ENCODER = dict(
@@ -136,3 +138,21 @@ def words_and_rows() -> tuple[T.PreTrainedTokenizerFast, Dataset]:
     names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     rows = Dataset.from_dict({"text": [" ".join(f"w{(7 * i + j) % 60}" for j in range(10)) for i in range(16)]})
     return T.PreTrainedTokenizerFast(tokenizer_object=raw, **names), rows
+
+
+def byte_tokenizer() -> T.PreTrainedTokenizerFast:
+    """A tokenizer that knows every text: a token for each byte, and start, end and padding marks."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return T.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def decoder_folder(folder: Path) -> str:
+    """A random Llama of four layers that reads bytes, on disk."""
+    torch.manual_seed(0)
+    config = T.LlamaConfig(**{**DECODER, "vocab_size": 259, "max_position_embeddings": 512, "initializer_range": 0.3})
+    T.LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
