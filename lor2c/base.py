@@ -85,7 +85,7 @@ def unpack_gguf(folder: Path, name: str, to: Path) -> None:
     model.save_pretrained(to)
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(to)
 
-# %% ../nbs/api/29_base.ipynb #7bc2d40b
+# %% ../nbs/api/29_base.ipynb #eb20ed29
 def find_model(name: str) -> str:
     "Name or folder to load from. OSError, and soon, where a model is no folder, not cached, and not on the hub."
     advice = "Pass the path of a local model (saved by save_pretrained), or connect once"
@@ -94,9 +94,10 @@ def find_model(name: str) -> str:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise OSError(f"model {name!r} is a folder without a config.json. {advice}")
-    elif not isinstance(try_to_load_from_cache(name, "config.json"), str):
+    else:
         try:  # asking first fails at once where loading would try again for half a minute
-            model_info(name, timeout=10)
+            if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                model_info(name, timeout=10)
         except Exception as error:  # the hub client's errors are those of its HTTP library
             cause = str(error).strip().partition("\n")[0] or type(error).__name__
             raise OSError(
@@ -155,7 +156,7 @@ def new_modules(model: nn.Module, loading_info: dict[str, Any]) -> list[str]:
     paths = {key.rpartition(".")[0] for key in keys}
     return sorted({p if p.startswith(model.base_model_prefix + ".") else p.partition(".")[0] for p in paths})
 
-# %% ../nbs/api/29_base.ipynb #8ae1b5ce
+# %% ../nbs/api/29_base.ipynb #ecba0feb
 QUANTIZE = ("4bit", "8bit", "torchao-int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -186,6 +187,8 @@ def load_decoder(
     Raises OSError where the model cannot be had, ValueError where it is damaged or no decoder, ImportError for a
     missing quantisation library.
     """
+    if precision not in DTYPES:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(DTYPES)}")
     dtype = DTYPES[precision]
     packed = quantize and quantization(quantize, dtype)
     name = find_model(model)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MACHINE', 'EXAMPLES', 'RUN', 'run_glue', 'run_alpaca', 'run_one', 'changes_of', 'draw_structure', 'is_first',
            'prepare_or_exit', 'stop', 'summary', 'run_inspect', 'counts', 'run_sweep', 'run_compare', 'run_demo',
-           'table', 'show_use', 'classify', 'main', 'quieten']
+           'table', 'show_use', 'classify', 'run_generate', 'run_eval', 'main', 'quieten']
 
-# %% ../nbs/api/41_cli.ipynb #732247ba
+# %% ../nbs/api/41_cli.ipynb #3ea2aacb
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
@@ -28,14 +29,17 @@ from .adapters import describe
 from .alpaca import ALPACA
 from .compare import carry_out_comparison, check_used, fitting, prepare_comparison
 from .data import DEMO
+from .disk import write_json
+from .evaluate import check_tasks, evaluate, markdown
 from .flags import make_parser
+from .generate import check_how, generate, load_tuned, stream, template_of
 from .plots import best_of, plot_runs, plot_structure, save_picture
 from .pool import check_jobs
 from .run import HAVE, Run, alpaca_run, demo_run, glue_run
 from .sweep import carry_out_sweep, describe_cell, prepare_sweep
 from .train import Job, carry_out, prepare
 
-# %% ../nbs/api/41_cli.ipynb #3248baeb
+# %% ../nbs/api/41_cli.ipynb #0b5023bb
 MACHINE = ("device", "precision", "report_to")
 
 
@@ -97,9 +101,11 @@ def stop(error: Exception, code: int = 2) -> None:
 
 def summary(job: Job, record: dict[str, Any]) -> str:
     "Best epoch, the figure to beat, and where the files are."
-    best, baseline = record["metrics"]["best"], record["metrics"]["baseline"]
+    best, baseline, metric = (record["metrics"][name] for name in ("best", "baseline", "chosen_by"))
     scores = {name: value for name, value in best.items() if name not in ("epoch", "train_loss", "loss")}
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if not name.endswith("_loss"))
+    shown = ", ".join(
+        f"{name} {value:.4f}" for name, value in scores.items() if name == metric or not name.endswith("_loss")
+    )
     constant = ", ".join(f"{name} {value:.4f}" for name, value in baseline.items())
     before = "before training" if record["task"] == ALPACA.name else "always the same answer"
     what = "model" if record["method"] == "full" else "adapter"
@@ -246,7 +252,47 @@ def classify(
         top = model(**batch).logits.softmax(-1).max(-1)
     return [(DEMO.labels[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
-# %% ../nbs/api/41_cli.ipynb #ba5b4b7b
+# %% ../nbs/api/41_cli.ipynb #f8ad14b5
+def run_generate(args: argparse.Namespace) -> None:
+    "Print an answer as it comes, or the answers to several prompts."
+    how = {name: getattr(args, name) for name in ("input", "max_new_tokens", "temperature", "top_p", "seed")}
+    try:
+        check_how(args.max_new_tokens, args.temperature, args.top_p)
+        template = args.template or template_of(args.adapter_dir)
+        model, tokenizer = load_tuned(args.adapter_dir, args.model, args.precision, args.quantize, args.device)
+        if len(args.prompt) == 1:
+            stream(model, tokenizer, args.prompt[0], template=template, **how)
+            return
+        answers = generate(model, tokenizer, args.prompt, template=template, **how)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        stop(error)
+    for prompt, answer in zip(args.prompt, answers, strict=True):
+        print(f"> {prompt}\n{answer.strip()}\n")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    "Print the table of scores."
+    tasks = [name.strip() for name in args.tasks.split(",")]
+    output = Path(args.output) if args.output else None
+    try:
+        check_tasks(tasks, args.data_dir, args.limit, args.run_code, args.template)
+        if output and not output.absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {output.parent} to write {output.name} into: make it first")
+        model, tokenizer = load_tuned(args.adapter_dir, args.model, args.precision, args.quantize, args.device)
+        if args.base and not isinstance(model, PeftModel):
+            raise ValueError(
+                f"{args.adapter_dir} holds a whole model, which has no adapter to switch off: leave --base out"
+            )
+        how = args.data_dir, args.limit, args.batch_size, args.run_code, args.template
+        with model.disable_adapter() if args.base else contextlib.nullcontext():
+            result = evaluate(model, tokenizer, tasks, *how)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        stop(error)
+    print(markdown(result))
+    if output:
+        write_json(output, {"adapter": None if args.base else args.adapter_dir, **result})
+
+# %% ../nbs/api/41_cli.ipynb #2e206ab4
 def main(
     argv: Sequence[str] | None = None,  # arguments; those of the process if None
 ) -> None:
@@ -266,6 +312,8 @@ def main(
 
 
 RUN = {
+    "generate": run_generate,
+    "eval": run_eval,
     "demo": run_demo,
     "glue": run_glue,
     "alpaca": run_alpaca,

@@ -7,7 +7,7 @@ __all__ = ['SHORTCUTS', 'LORA_NAMES', 'NOT_PLAIN', 'ResLoRAConfig', 'place_of', 
            'BlockDown', 'BlockUp', 'MeasuredDown', 'InputDown', 'MiddleDown', 'join', 'targets_of', 'link',
            'refuse_unsteady', 'refuse_merge', 'ResLoRAModel']
 
-# %% ../nbs/api/17_reslora.ipynb #21c912ce
+# %% ../nbs/api/17_reslora.ipynb #18c5b211
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .compat import check_target_module_exists, include_all_linear, register
 from .config import OTHER_NAMES, check_numbers, refuse_other_names, write_card
 from .injection import is_linear, out_features, with_lora
 from .layout import Injection
-from .residual import hidden_states, this_thread
+from .residual import Held, hidden_states
 from .stack import stacks
 from .tuner import layerdrop, switch, switches, warn_of_frozen_head
 
@@ -128,7 +128,7 @@ def chains_of(
         )
     return [(paths, links) for paths, links in chains if any(links)]
 
-# %% ../nbs/api/17_reslora.ipynb #481d185a
+# %% ../nbs/api/17_reslora.ipynb #8ee319db
 class Chain:
     "The blocks of an adapter on one module of every layer, and what they hold for one another during a forward."
 
@@ -137,26 +137,26 @@ class Chain:
         self.last = {j: n for n, before in enumerate(links) for j in before}  # the last block that reads block j
         self.downs: list[nn.Linear] = []
         self.ups: list[nn.Linear] = []
-        self._held: dict[tuple[int, int], Tensor] = {}  # (block, thread) -> what it left
+        self._held = Held()  # block -> what it left
 
     def hold(self, n: int, x: Tensor) -> None:
         "Keep x of block n for those that read it; what this or a later block had left is of a forward that failed."
-        thread = this_thread()
-        for key in [key for key in self._held if key[0] >= n and key[1] == thread]:
-            del self._held[key]
+        held = self._held.tensors
+        for later in [j for j in held if j >= n]:
+            del held[later]
         if n in self.last:
-            self._held[n, thread] = x
+            held[n] = x
 
     def before(self, n: int, x: Tensor) -> list[Tensor]:
         "What the blocks that block n reads have held, each shaped like x. RuntimeError where one did not run as n did."
-        found, thread = [], this_thread()
+        found, held_by = [], self._held.tensors
         for j in self.links[n]:
-            held = self._held.get((j, thread))
+            held = held_by.get(j)
             if held is None or held.shape != x.shape:
                 raise RuntimeError(self._missing(n, j, x, held))
             found.append(held.to(x.device))
             if self.last[j] == n:
-                del self._held[j, thread]
+                del held_by[j]
         return found
 
     def _missing(self, n: int, j: int, x: Tensor, held: Tensor | None) -> str:
@@ -171,9 +171,6 @@ class Chain:
     def with_linked(self, parts: list[nn.Linear], n: int, device: torch.device) -> list[Tensor]:
         "The weights of block n and of the blocks it reads, of `downs` or of `ups`."
         return [parts[j].weight.to(device) for j in (n, *self.links[n])]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": {}}  # activations are never copied or pickled
 
 # %% ../nbs/api/17_reslora.ipynb #b522d10a
 class Factor(nn.Linear):

@@ -200,7 +200,7 @@ def demo_run(
     )
     return replace(run, **{name: value for name, value in changes.items() if value is not None})
 
-# %% ../nbs/api/32_run.ipynb #97e56de2
+# %% ../nbs/api/32_run.ipynb #047a3a62
 def alpaca_run(
     method: str,
     model: str,
@@ -216,7 +216,8 @@ def alpaca_run(
         settings |= dict(rank=64, alpha=32) | ({"dropout": 0.05} if method in HAVE["dropout"] else {})
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and given.get("device", "auto") != "cpu"
     settings |= dict(weight_decay=0.0, warmup=0.0, seed=42, precision="bf16" if bf16 else "fp32")
-    run = Run(ALPACA.name, method, model, 3, 128, 256, OWN_LR.get(method, 3e-4), **settings)
+    lr = (1e-5 if method in RESIDUALS else 1e-3) if model == "gemma-270m" else 3e-4
+    run = Run(ALPACA.name, method, model, 3, 128, 256, OWN_LR.get(method, lr), **settings)
     return replace(run, **given)
 
 # %% ../nbs/api/32_run.ipynb #98c1b186

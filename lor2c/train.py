@@ -9,7 +9,7 @@ __all__ = ['WHEN', 'IN_QUARTERS', 'MAY_DIFFER', 'Progress', 'history_of', 'descr
            'read_started', 'as_started', 'check_free', 'check_report_to', 'prepare', 'callbacks_of', 'make_trainer',
            'scored_by_labels', 'scored_by_loss', 'carry_out', 'fit', 'relocate', 'announce', 'train']
 
-# %% ../nbs/api/33_train.ipynb #ed5a1855
+# %% ../nbs/api/33_train.ipynb #8cb19400
 import dataclasses
 import json
 import math
@@ -45,14 +45,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import lor2c
 from .adapters import last_complete_checkpoint
-from .alpaca import IGNORED, Rows, held_out_loss, loss_and_tokens
+from .alpaca import IGNORED, Rows, held_out_loss, hold_out, load_instructions, loss_and_tokens
 from .callback import IMCallback
 from .data import DEMO, baseline, compute_metrics
 from .disk import save_whole, write_json
 from .rm_lora import RMLoRACallback
 from .run import CHANGING, Run, build_model, count_parameters, load_data, one_of, run_task, validation_splits
 
-# %% ../nbs/api/33_train.ipynb #c34181f9
+# %% ../nbs/api/33_train.ipynb #ae13d274
 class Progress(TrainerCallback, ExportableState):
     "A bar on a terminal, the expected time after ten steps, a line per evaluation; adds up the seconds over resumed runs."
 
@@ -120,6 +120,18 @@ class Progress(TrainerCallback, ExportableState):
         speed = f", {self.tokens_per_second():,.0f} tokens/s" * (self.tokens > 0)
         where = f"epoch {state.epoch or 0:.4g} of {state.num_train_epochs:g}"
         say(state, f"{where}  {loss}{'  '.join(shown)}  ({duration(self.seconds)}{speed})")
+        self._warn(state, scores.get("held_out_loss"))
+
+    def _warn(self, state: transformers.TrainerState, loss: float | None) -> None:
+        "Say once that a model is being destroyed rather than tuned."
+        if loss is not None:
+            self.first = getattr(self, "first", loss)
+            if loss > 1.1 * self.first:
+                say(
+                    state,
+                    f"the held-out loss was {self.first:.4f} and has risen: a lower --lr may help, ten times or more for residuals",
+                )
+                self.first = math.inf
 
     def on_train_end(self, args, state, control, **_: Any) -> None:
         self._count()
@@ -344,7 +356,7 @@ def rows_of(job: Job) -> dict[str, Any]:
     "How many rows of instruction data were used, and the numbers of those that could not be."
     return {**{split: len(rows) for split, rows in job.data.items()}, "left_out": job.left_out}
 
-# %% ../nbs/api/33_train.ipynb #b3619c9d
+# %% ../nbs/api/33_train.ipynb #2bf30ed0
 MAY_DIFFER = {"device", "report_to", "micro_batch_size"}  # where a run computes and reports, how much at a time
 
 
@@ -409,6 +421,11 @@ def prepare(
         return Job(run, folder, record)
     check_device(run)
     check_report_to(run.report_to)
+    micro_batches(run)
+    if task.generative:
+        hold_out(
+            load_instructions(run.data_dir), run.held_out
+        )  # looked at first: a base model may take minutes to load
     model, tokenizer = build_model(run, task)
     for callback in callbacks_of(run):
         if hasattr(callback, "check"):

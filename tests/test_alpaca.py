@@ -29,6 +29,7 @@ from lor2c.alpaca import (
 )
 from lor2c.base import demo_model, gemma_model, load_decoder
 from lor2c.cli import main
+from lor2c.plots import best_of, score_of
 from lor2c.run import METHODS, alpaca_run
 from lor2c.train import carry_out, prepare, train
 
@@ -380,3 +381,62 @@ def test_a_library_that_is_not_installed(monkeypatch, tmp_path):
         load_decoder("gemma-270m", quantize="4bit")
     with pytest.raises(ImportError, match=r"pip install \"lor2c\[gemma\]\""):
         gemma_model(tmp_path)
+
+
+# From the terminal
+
+
+def test_tune_ask_and_score(capsys, model, data, tmp_path):
+    """alpaca, then generate from the run's folder, then eval with and without the adapter."""
+    main([*RUN, "--model", model, "--data-dir", str(data), "--output-dir", str(tmp_path / "run")])
+    assert "best epoch 2: held_out_loss" in capsys.readouterr().out
+    ask = ["generate", str(tmp_path / "run"), "--max-new-tokens", "6", "--device", "cpu"]
+    main([*ask, "--prompt", "Say red 8."])
+    alone = capsys.readouterr().out
+    main([*ask, "--prompt", "Say red 8.", "--prompt", "Say it in many more words than that, if you please."])
+    both = capsys.readouterr().out
+    assert both.startswith("> Say red 8.\n") and alone.strip() and alone.strip() in both
+    main([*ask, "--prompt", "Say red 8.", "--template", "none"])
+    assert capsys.readouterr().out != alone
+    pytest.importorskip("lm_eval")
+    columns = [{"Body": f"A has {i} cups.", "Question": "How many?", "Answer": f"{i}.0"} for i in range(12)]
+    (tmp_path / "svamp").mkdir()
+    for split in ("train", "test"):
+        Dataset.from_list(columns).to_parquet(tmp_path / "svamp" / f"{split}.parquet")
+    score = [
+        "eval",
+        str(tmp_path / "run"),
+        "--tasks",
+        "svamp",
+        "--data-dir",
+        str(tmp_path),
+        "--limit",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    for extra in ([], ["--base"]):
+        main([*score, "--output", str(tmp_path / "scores.json"), *extra])
+        assert "| svamp | exact_match | " in capsys.readouterr().out
+        found = json.loads((tmp_path / "scores.json").read_text())
+        assert found["tasks"]["svamp"]["docs"] == 2 and found["harness"].startswith("lm-evaluation-harness")
+        assert found["adapter"] == (None if extra else str(tmp_path / "run"))
+
+
+def test_compare_takes_instructions_too(capsys, model, data, tmp_path):
+    """Lower is better there, and the figure to beat is the base's own."""
+    main(
+        [
+            *"compare --tasks alpaca --methods lora,lor2c,imlor2c --seeds 3 --rank 4 --epochs 1 --batch-size 16".split(),
+            *"--held-out 16 --lr 0.01 --max-merges 1 --max-injections 1 --device cpu --model".split(),
+            *(model, "--data-dir", str(data), "--output-dir", str(tmp_path / "c")),
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "| method | adapter parameters | lr | step | alpaca (held out loss) |" in out and "(nothing learnt)" in out
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[-2].strip() for line in out.splitlines() if line.startswith("| ")
+    }
+    assert all(float(rows[method]) < float(rows["(nothing learnt)"]) for method in ("lora", "lor2c", "imlor2c"))
+    made = [json.loads(file.read_text()) for file in (tmp_path / "c").rglob("record.json")]
+    assert score_of(best_of(made)) == min(score_of(record) for record in made) and len(made) == 3

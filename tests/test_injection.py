@@ -364,3 +364,56 @@ def test_removing_from_one_layer_leaves_the_others():
     assert len(list(injected(base))) == 2
     remove_lora(base, "default")
     assert not list(injected(base))
+
+
+# Folding and configurations
+
+
+@pytest.mark.parametrize("stack", ["Llama", "GPT-2", "BERT"])
+def test_folding_is_refused_before_anything_is_folded(stack):
+    """Injected LoRA below the first residual would be folded before the residual is met."""
+    model = mixed(stack, spans=[[2, 2], [3, 3]], injected={0: [4, 8], 1: [4, 8]})
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for fold in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot be folded"):
+            fold()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(getattr(module, "merged_adapters", []) for module in model.modules())
+
+
+@pytest.mark.parametrize("stack", ["Llama", "GPT-2", "BERT"])
+def test_without_residuals_everything_can_be_folded(stack):
+    model = mixed(stack, spans=[], injected={layer: [4, 8] for layer in range(4)})
+    with torch.no_grad():
+        logits = model(**batch(stack)).logits
+        plain = build(stack, torch.float64)(**batch(stack)).logits
+        folded = model.merge_and_unload()
+        assert not any(isinstance(module, lor2c.LoR2CLayer) for module in folded.modules())
+        torch.testing.assert_close(folded(**batch(stack)).logits, logits, rtol=1e-9, atol=1e-9)
+    assert (logits - plain).abs().max() > 1e-5
+
+
+def mixed(stack: str, **structure) -> PeftModel:
+    """An adapter of this structure, whose up-projections are not zero."""
+    config = lor2c.LoR2CConfig(r=8, alpha=16, dropout=0.0, task_type=task_type(stack), **structure)
+    model = get_peft_model(build(stack, torch.float64), config).double().eval()
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lor2c_B" in name or "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_a_configuration_belongs_to_who_wrote_it():
+    """Moves change what the model holds, not what it was made with: a second model starts as the first did."""
+    config = lor2c.LoR2CConfig(r=4)
+    first = get_peft_model(build("Llama"), config)
+    lor2c.merge_modules(first, 0, 1)
+    lor2c.inject_lora(first, 3)
+    assert config.spans is None and config.injected is None
+    assert first.peft_config["default"].injected == {3: [2, 16]} and first.peft_config["default"].spans == [
+        [0, 1],
+        [2, 2],
+    ]
+    second = get_peft_model(build("Llama"), config)
+    assert second.base_model.layout().spans == ((0, 0), (1, 1), (2, 2), (3, 3))

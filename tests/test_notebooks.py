@@ -20,19 +20,23 @@ def wanted(cell: nbformat.NotebookNode) -> bool:
     return not NEVER.search(cell.source) and (bool(os.environ.get("LOR2C_SLOW")) or not SLOW.search(cell.source))
 
 
-# The others show less where there is no GLUE; no test asks the hub.
-NEEDS_GLUE = {"nbs/tutorials/glue.ipynb", "nbs/tutorials/imlor2c.ipynb"}
+# The others show less where their data are not there; no test asks the hub.
+NEEDS = {
+    "nbs/tutorials/glue.ipynb": ("glue", "LOR2C_GLUE_DIR"),
+    "nbs/tutorials/imlor2c.ipynb": ("glue", "LOR2C_GLUE_DIR"),
+    "nbs/tutorials/alpaca.ipynb": ("alpaca-cleaned", "LOR2C_ALPACA_DIR"),
+}
 
 
-def has_glue() -> bool:
-    """Whether a GLUE folder is where the notebooks look for one."""
-    return "LOR2C_GLUE_DIR" in os.environ or any((p / "shared/data/glue").is_dir() for p in ROOT.parents)
+def is_there(folder: str, variable: str) -> bool:
+    """Whether data are where the notebooks look for them."""
+    return variable in os.environ or any((p / "shared/data" / folder).is_dir() for p in ROOT.parents)
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.relative_to("nbs").with_suffix("").as_posix())
 def test_notebook(path: Path) -> None:
-    if path.as_posix() in NEEDS_GLUE and not has_glue():
-        pytest.skip("needs GLUE: set LOR2C_GLUE_DIR to a folder with rte/train.parquet ...")
+    if (needed := NEEDS.get(path.as_posix())) and not is_there(*needed):
+        pytest.skip(f"needs data: set {needed[1]} to a folder such as {needed[0]}, see the page")
     nb = nbformat.read(ROOT / path, as_version=4)
     nb.cells = [cell for cell in nb.cells if cell.cell_type != "code" or wanted(cell)]
     folder = {"metadata": {"path": ROOT / path.parent}}
