@@ -171,7 +171,7 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s" if minutes else f"{s} s"
 
-# %% ../nbs/api/33_train.ipynb #2f08f745
+# %% ../nbs/api/33_train.ipynb #9732e1ee
 def check_device(run: Run) -> None:
     "ValueError where the device of a run is not there, or would not do its precision."
     one_of("device", run.device, ("auto", "cpu", "cuda", "mps"))
@@ -180,6 +180,11 @@ def check_device(run: Run) -> None:
         raise ValueError(f"device {run.device!r} is not there: torch {torch.__version__} sees none; use --device cpu")
     if run.precision == "fp16" and not (there["cuda"] or there["mps"]):
         raise ValueError("precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
+    if run.quantize == "4bit" and (run.device == "cpu" or not there["cuda"]):
+        raise ValueError(
+            "quantize '4bit' cannot train on a CPU: bitsandbytes packs its weights anew in an evaluation, and gradients are "
+            "wrong afterwards; use 8bit or torchao-int8, or a GPU"
+        )
 
 
 def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:

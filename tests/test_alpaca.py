@@ -202,7 +202,13 @@ def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on(data):
 # Training
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "head"])
+LIKE_OTHERS = "dora pissa loha rlora gmlora reslora-is reslora-bs mergelor2c injectlor2c".split()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=[pytest.mark.slow] * (m in LIKE_OTHERS)) for m in METHODS if m != "head"],
+)
 def test_every_method_learns_and_comes_back(method, model, data, tmp_path):
     changes = {"lokr": {"lr": 0.1}, "full": {"lr": 3e-3}, "adalora": {"lr": 0.1}}.get(method, {})
     record = train(run_of(method, model, data, **changes), tmp_path / "run")
@@ -361,6 +367,7 @@ def test_out_of_memory_says_what_to_try(model, data, tmp_path):
         (["--micro-batch-size", "5"], "batch_size 16 is not a multiple of 5 rows"),
         (["--max-length", "20"], "max_length 20 leaves no room for a response"),
         (["--quantize", "2bit"], "unknown quantize '2bit'"),
+        (["--quantize", "4bit"], "quantize '4bit' cannot train on a CPU"),
         (["--method", "head"], "method 'head' trains nothing"),
         (["--method", "lora", "--max-merges", "1"], "method 'lora' has no max_merges"),
         (["--model", "minilm"], "is no decoder"),

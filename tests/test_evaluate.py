@@ -247,6 +247,19 @@ def test_scores_and_prompts_are_the_harness_s(data: Path) -> None:
         assert asked(loaded[task.task_name]) == asked(task) != []
 
 
+def test_the_base_scores_as_in_the_harness(data: Path) -> None:
+    theirs = [task for task in harness_tasks(data) if task.task_name in ("hellaswag", "mmlu_anatomy")]
+    model, quiet = adapted(), TaskManager(include_defaults=False)
+    base = model.unload()
+    lm = HFLM(pretrained=base, tokenizer=bytes_tokenizer(), batch_size=4)
+    expected = simple_evaluate(lm, tasks=theirs, limit=2, log_samples=False, task_manager=quiet)["results"]
+    found = evaluate(base, bytes_tokenizer(), [task.task_name for task in theirs], data, limit=2, batch_size=4)
+    for name, entry in found["tasks"].items():
+        row = {key: value for key, value in expected[name].items() if "," in key}
+        assert entry["metrics"] == ours.metrics_of(row) != {}
+    assert len(found["tasks"]) == 2
+
+
 def test_humaneval_differs_from_the_harness_s_in_metric_and_filter() -> None:
     for name, template in (("humaneval", "plain"), ("humaneval_instruct", "alpaca")):
         theirs = load_yaml(ours.harness_index()[name].yaml_path, resolve_func=False)
