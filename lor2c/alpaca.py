@@ -87,7 +87,7 @@ def encode(
     ids, n = ids[:max_length], min(shared, max_length)
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * n + ids[n:]}
 
-# %% ../nbs/api/31_alpaca.ipynb #bc6fd142
+# %% ../nbs/api/31_alpaca.ipynb #a3df2db3
 ALPACA_HUB, _hub_file = "yahma/alpaca-cleaned", "alpaca_data_cleaned.json"
 KINDS = (".parquet", ".json", ".jsonl")
 
@@ -124,11 +124,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             return pq.read_table(file, partitioning=None).to_pylist()
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read as parquet, copy it again: {error}") from error
-    text = file.read_text(encoding="utf-8-sig")
     try:
+        text = file.read_text(encoding="utf-8-sig")
         rows = json.loads(text) if file.suffix == ".json" else list(json_lines(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        hint = "; lines of JSON belong into a file .jsonl" * ("Extra data" in str(error))
+        raise ValueError(f"{file} is damaged, or no UTF-8: {error}{hint}") from error
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
         raise ValueError(f"{file} must hold a list of rows such as {{'instruction': ..., 'input': ..., 'output': ...}}")
     return rows
@@ -143,7 +144,7 @@ def json_lines(text: str) -> Iterable[Any]:
         except json.JSONDecodeError as error:
             raise json.JSONDecodeError(f"line {n} of the file: {error.msg}", line, error.pos) from None
 
-# %% ../nbs/api/31_alpaca.ipynb #2415f1b2
+# %% ../nbs/api/31_alpaca.ipynb #49c07093
 @dataclass
 class Rows:
     "Rows of instructions, and why others were left out."
@@ -169,6 +170,8 @@ def what_is_wrong(row: dict[str, Any]) -> str | None:
     instruction, given, output = row.get("instruction"), row.get("input") or "", row.get("output")
     if not all(isinstance(text, str) for text in (instruction, given, output)):
         return "text is missing"
+    if any("\ud800" <= letter <= "\udfff" for letter in instruction + given + output):
+        return "half of a Unicode pair"
     return (
         None
         if output.strip() and instruction.strip()
@@ -196,7 +199,7 @@ def load_instructions(
         raise ValueError(f"{file} holds {columns}, and no row with texts in instruction, input, output")
     return found
 
-# %% ../nbs/api/31_alpaca.ipynb #dc220575
+# %% ../nbs/api/31_alpaca.ipynb #833eff77
 SPLIT_SEED = 2023  # of the held-out rows, never of a run
 
 
@@ -205,6 +208,8 @@ def hold_out(
     n: int,  # how many rows to hold out
 ) -> tuple[Rows, list[dict[str, str]]]:  # what is left to train on, and the held-out rows
     "Split off `n` rows. Raises ValueError unless 1 <= n < number of rows."
+    if len(found.rows) < 2:
+        raise ValueError("there is one usable row: one to train on and one to hold out are needed, or more")
     if not 1 <= n < len(found.rows):
         raise ValueError(
             f"held_out must be from 1 to {len(found.rows) - 1}, as there are {len(found.rows):,} rows; found {n!r}"
@@ -213,6 +218,8 @@ def hold_out(
     random.Random(SPLIT_SEED).shuffle(shuffled)
     held, rest = shuffled[:n], shuffled[n:]
     asked = {(row["instruction"], row["input"]) for row in held}
+    if all((row["instruction"], row["input"]) in asked for row in rest):
+        raise ValueError("no row is left to train on: all have a prompt that is held out")
     same = [row["n"] for row in rest if (row["instruction"], row["input"]) in asked]
     left_out = found.left_out | ({"prompt is held out": sorted(same)} if same else {})
     return Rows([row for row in rest if (row["instruction"], row["input"]) not in asked], left_out), held
@@ -260,7 +267,7 @@ def instruction_data(
         left_out["prompt leaves no room for a response"] = sorted(too_long + too_long_held)
     return DatasetDict(train=train, validation=validation), left_out
 
-# %% ../nbs/api/31_alpaca.ipynb #bbd80fe9
+# %% ../nbs/api/31_alpaca.ipynb #f00237ae
 def loss_and_tokens(
     logits: torch.Tensor | tuple,  # (batch, tokens, vocabulary), or a tuple that begins with it
     labels: torch.Tensor,  # (batch, tokens)
@@ -277,8 +284,8 @@ def loss_and_tokens(
 def held_out_loss(
     sums: np.ndarray,  # (n, 2), rows of `loss_and_tokens`
 ) -> dict[str, float]:
-    "Mean negative log-likelihood of a response token, in nats. Raises ValueError where it is not finite."
+    "Mean negative log-likelihood of a response token, in nats. Raises FloatingPointError where it is not finite."
     loss = float(sums[:, 0].sum() / sums[:, 1].sum())
     if not np.isfinite(loss):
-        raise ValueError("the held-out loss is not finite: training diverged; a lower --lr may help")
+        raise FloatingPointError("the held-out loss is not finite: training diverged; a lower --lr may help")
     return {"held_out_loss": loss}

@@ -156,7 +156,7 @@ def new_modules(model: nn.Module, loading_info: dict[str, Any]) -> list[str]:
     paths = {key.rpartition(".")[0] for key in keys}
     return sorted({p if p.startswith(model.base_model_prefix + ".") else p.partition(".")[0] for p in paths})
 
-# %% ../nbs/api/29_base.ipynb #ecba0feb
+# %% ../nbs/api/29_base.ipynb #5542c796
 QUANTIZE = ("4bit", "8bit", "torchao-int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -192,13 +192,18 @@ def load_decoder(
     dtype = DTYPES[precision]
     packed = quantize and quantization(quantize, dtype)
     name = find_model(model)
+    name = str(Path(name).absolute()) if Path(name).is_dir() else name  # an adapter remembers it
     if quantize and device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     how = dict(dtype=dtype, device_map=device and {"": device}, output_loading_info=True)
     how |= dict(quantization_config=packed) if packed else {}
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(name, **how)
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, ValueError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(f"model {model!r} is no decoder: transformers knows no causal model of its kind") from None
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(f"model {model!r} is damaged or does not fit: {error}") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"model {model!r} is no decoder, or not whole: it has no weights for {missing[0]}")

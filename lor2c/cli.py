@@ -39,7 +39,7 @@ from .run import HAVE, Run, alpaca_run, demo_run, glue_run
 from .sweep import carry_out_sweep, describe_cell, prepare_sweep
 from .train import Job, carry_out, prepare
 
-# %% ../nbs/api/41_cli.ipynb #0b5023bb
+# %% ../nbs/api/41_cli.ipynb #5e8c88a2
 MACHINE = ("device", "precision", "report_to")
 
 
@@ -59,7 +59,7 @@ def run_one(job: Job) -> None:
     "Fine-tune, then say how good and where."
     try:
         record = carry_out(job)
-    except MemoryError as error:
+    except (MemoryError, FloatingPointError, OSError) as error:
         stop(error, code=1)
     if is_first():
         print(summary(job, record))
@@ -95,6 +95,8 @@ def prepare_or_exit(make_run: Any, *parts: Any) -> Job:
 
 def stop(error: Exception, code: int = 2) -> None:
     "End with an exit code and the error in one line."
+    if isinstance(error, BrokenPipeError):
+        raise error
     print("lor2c: error:", " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(code)
 
@@ -117,8 +119,11 @@ def summary(job: Job, record: dict[str, Any]) -> str:
 
 def run_inspect(args: argparse.Namespace) -> None:
     "Print what an adapter folder holds."
+    folder = Path(args.adapter_dir)
+    if not (folder / "adapter_config.json").exists() and (folder / "adapter").is_dir():
+        folder /= "adapter"  # a run's folder
     try:
-        print(describe(Path(args.adapter_dir)))
+        print(describe(folder))
     except (ValueError, OSError) as error:
         stop(error)
 
@@ -252,7 +257,7 @@ def classify(
         top = model(**batch).logits.softmax(-1).max(-1)
     return [(DEMO.labels[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
-# %% ../nbs/api/41_cli.ipynb #f8ad14b5
+# %% ../nbs/api/41_cli.ipynb #39e77dd6
 def run_generate(args: argparse.Namespace) -> None:
     "Print an answer as it comes, or the answers to several prompts."
     how = {name: getattr(args, name) for name in ("input", "max_new_tokens", "temperature", "top_p", "seed")}
@@ -276,8 +281,8 @@ def run_eval(args: argparse.Namespace) -> None:
     output = Path(args.output) if args.output else None
     try:
         check_tasks(tasks, args.data_dir, args.limit, args.run_code, args.template)
-        if output and not output.absolute().parent.is_dir():
-            raise ValueError(f"there is no folder {output.parent} to write {output.name} into: make it first")
+        if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+            raise ValueError(f"{output} must be a file, in a folder that is there")
         model, tokenizer = load_tuned(args.adapter_dir, args.model, args.precision, args.quantize, args.device)
         if args.base and not isinstance(model, PeftModel):
             raise ValueError(
@@ -286,13 +291,13 @@ def run_eval(args: argparse.Namespace) -> None:
         how = args.data_dir, args.limit, args.batch_size, args.run_code, args.template
         with model.disable_adapter() if args.base else contextlib.nullcontext():
             result = evaluate(model, tokenizer, tasks, *how)
+        if output:
+            write_json(output, {"adapter": None if args.base else args.adapter_dir, **result})
     except (ValueError, TypeError, OSError, ImportError) as error:
         stop(error)
     print(markdown(result))
-    if output:
-        write_json(output, {"adapter": None if args.base else args.adapter_dir, **result})
 
-# %% ../nbs/api/41_cli.ipynb #2e206ab4
+# %% ../nbs/api/41_cli.ipynb #c4351418
 def main(
     argv: Sequence[str] | None = None,  # arguments; those of the process if None
 ) -> None:
@@ -304,6 +309,9 @@ def main(
         with warnings.catch_warnings():
             quieten()
             RUN[args.command](args)
+    except BrokenPipeError:  # whoever read the output has gone away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except KeyboardInterrupt:
         again = dict.fromkeys(("demo", "compare", "sweep"), "; the same command goes on")
         again |= dict.fromkeys(("glue", "alpaca"), "; the same command with --resume goes on")

@@ -7,7 +7,7 @@ __all__ = ['NAMED_APART', 'SETTINGS', 'contender', 'as_value', 'fitting', 'check
            'check_different', 'run_of', 'look', 'rows_of', 'row_of', 'step_time', 'spread', 'markdown', 'cell',
            'carry_out_comparison', 'write_comparison', 'compare']
 
-# %% ../nbs/api/37_compare.ipynb #846e7a86
+# %% ../nbs/api/37_compare.ipynb #4b837370
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from .disk import write_json
 from .data import DEMO
 from .plots import constant_answer, names_of, plot_comparison, save_picture, score_of
 from .pool import check_alone, check_jobs, failures, outcomes
-from .run import HAVE, METHODS, RM_LORA, Run, alpaca_run, demo_run, glue_run
+from .run import GENERATIVE, HAVE, METHODS, RM_LORA, Run, alpaca_run, demo_run, glue_run
 from .train import claim, prepare
 
 # %% ../nbs/api/37_compare.ipynb #f8ee49df
@@ -76,7 +76,7 @@ def check_used(changes: Mapping[str, Any], methods: Sequence[str]) -> None:
         if not any(method in HAVE.get(name, METHODS) for method in methods):
             raise ValueError(f"none of the methods has {name}: choose one of {', '.join(HAVE[name])}")
 
-# %% ../nbs/api/37_compare.ipynb #bdc5e518
+# %% ../nbs/api/37_compare.ipynb #c7bb1c4e
 @dataclass
 class Comparison:
     "A comparison that is ready to start."
@@ -107,7 +107,8 @@ def prepare_comparison(
     check_used(made.settings, [method for _, method, _ in entries])
     for task, (text, method, own), seed in product(tasks, entries, seeds):
         place = made.folder / task / text.replace(":", "-").replace("=", "-") / f"seed-{seed}"
-        made.runs[place] = run_of(task, method, model, seed=seed, **fitting(made.settings, method, own))
+        given = {k: v for k, v in made.settings.items() if task == ALPACA.name or k not in GENERATIVE}
+        made.runs[place] = run_of(task, method, model, seed=seed, **fitting(given, method, own))
         made.names[place] = text
     check_different(made)
     look(made)
@@ -126,6 +127,8 @@ def check_different(comparison: Comparison) -> None:
 def run_of(task: str, method: str, model: str, **settings: Any) -> Run:
     "A run on GLUE, on instructions, or on the demo set, whose model is always MiniLM."
     if task == ALPACA.name:
+        if model == "minilm":
+            raise ValueError("alpaca needs a decoder, --model gemma-270m or another: compare on other tasks apart from it")
         return alpaca_run(method, model, **settings)
     if task != DEMO.name:
         return glue_run(task, method, model, **settings)

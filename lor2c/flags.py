@@ -16,7 +16,7 @@ from .data import GLUE
 from .evaluate import BENCHMARKS
 from .run import METHODS, RECIPES, Run
 
-# %% ../nbs/api/40_flags.ipynb #3979efae
+# %% ../nbs/api/40_flags.ipynb #dc77f238
 def make_parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     parser = argparse.ArgumentParser(
@@ -155,7 +155,7 @@ ON_ALPACA = {
     **{"rank": "64", "alpha": "32", "dropout": "0.05", "epochs": "3", "batch-size": "128, of all processes together"},
     **{
         "micro-batch-size": "8 at most",
-        "lr": "3e-4; for gemma-270m the method's own",
+        "lr": "3e-4; full and gemma-270m have their own",
         "max-length": "256",
         "max-train-samples": "all",
         "seed": "42",

@@ -8,7 +8,8 @@ __all__ = ['CHANGING', 'RESIDUALS', 'PEFT_METHODS', 'RM_LORA', 'SHORTCUTS', 'MET
            'adapter_config', 'lora_settings', 'build_model', 'count_parameters', 'run_task', 'load_data', 'glue_rows',
            'by_length', 'validation_splits']
 
-# %% ../nbs/api/32_run.ipynb #1efcc767
+# %% ../nbs/api/32_run.ipynb #1774bdcf
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ from .data import DEMO, Task, glue_task, load_demo, load_glue, tokenize
 from .reslora import ResLoRAConfig
 from .rm_lora import RMSettings
 
-# %% ../nbs/api/32_run.ipynb #8be53fb8
+# %% ../nbs/api/32_run.ipynb #11216363
 CHANGING = {
     "imlor2c": ("max_merges", "max_injections"),
     "mergelor2c": ("max_merges",),
@@ -111,8 +112,10 @@ class Run:
         one_of("method", self.method, METHODS)
         one_of("precision", self.precision, tuple(DTYPES))
         for name in ("epochs", "batch_size", "max_length", "rank", "lr", "alpha"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)!r}")
+        if self.checkpointing and self.method in ("reslora-is", "reslora-ms"):
+            raise ValueError(f"method {self.method!r} reads activations that checkpointing does not keep: leave it out")
         for name, methods in HAVE.items():
             if getattr(self, name) != getattr(Run, name) and self.method not in methods:
                 raise ValueError(f"method {self.method!r} has no {name}: choose one of {', '.join(methods)}")

@@ -6,11 +6,14 @@
 __all__ = ['WHEN', 'IN_QUARTERS', 'MAY_DIFFER', 'Progress', 'history_of', 'describe_move', 'is_score', 'say', 'duration',
            'check_device', 'training_arguments', 'Quarters', 'micro_batches', 'ByLength', 'InstructionTrainer',
            'AdaLoRASteps', 'Job', 'versions', 'epochs_of', 'make_record', 'best_epoch', 'rows_of', 'claim',
-           'read_started', 'as_started', 'check_free', 'check_report_to', 'prepare', 'callbacks_of', 'make_trainer',
-           'scored_by_labels', 'scored_by_loss', 'carry_out', 'fit', 'relocate', 'announce', 'train']
+           'read_started', 'as_started', 'check_free', 'check_report_to', 'prepare', 'check_rows', 'check_tokens',
+           'callbacks_of', 'make_trainer', 'scored_by_labels', 'scored_by_loss', 'carry_out', 'fit', 'relocate',
+           'announce', 'train']
 
-# %% ../nbs/api/33_train.ipynb #8cb19400
+# %% ../nbs/api/33_train.ipynb #db81c5f1
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -52,7 +55,7 @@ from .disk import save_whole, write_json
 from .rm_lora import RMLoRACallback
 from .run import CHANGING, Run, build_model, count_parameters, load_data, one_of, run_task, validation_splits
 
-# %% ../nbs/api/33_train.ipynb #ae13d274
+# %% ../nbs/api/33_train.ipynb #cc209be7
 class Progress(TrainerCallback, ExportableState):
     "A bar on a terminal, the expected time after ten steps, a line per evaluation; adds up the seconds over resumed runs."
 
@@ -125,7 +128,8 @@ class Progress(TrainerCallback, ExportableState):
     def _warn(self, state: transformers.TrainerState, loss: float | None) -> None:
         "Say once that a model is being destroyed rather than tuned."
         if loss is not None:
-            self.first = getattr(self, "first", loss)
+            seen = (entry["eval_held_out_loss"] for entry in state.log_history if "eval_held_out_loss" in entry)
+            self.first = getattr(self, "first", next(seen, loss))  # also of before an interruption
             if loss > 1.1 * self.first:
                 say(
                     state,
@@ -161,8 +165,9 @@ def is_score(name: str) -> bool:
 def say(state: transformers.TrainerState, text: str) -> None:
     "Print a line above the progress bar, from the first process only."
     if state.is_world_process_zero:
-        tqdm.write(text)
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # a reader that has gone away does not end a training
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
@@ -245,7 +250,7 @@ def micro_batches(run: Run) -> tuple[int, int]:
         )
     return micro, int(share // micro)
 
-# %% ../nbs/api/33_train.ipynb #5f4ce5e9
+# %% ../nbs/api/33_train.ipynb #22c0386a
 class ByLength(LengthGroupedSampler):
     "Rows of similar length together, in an order that follows from seed and epoch, whatever else draws random numbers."
 
@@ -259,7 +264,9 @@ class ByLength(LengthGroupedSampler):
 
 
 class InstructionTrainer(Trainer):
-    "A Trainer whose order of rows is `ByLength`'s, for the same batch however it is cut up."
+    """A Trainer whose order of rows is `ByLength`'s, for the same batch however it is cut up.
+
+    With several processes accelerate fills the last batch of an epoch with rows of its beginning."""
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> ByLength:
         rows, args = train_dataset or self.train_dataset, self.args
@@ -285,7 +292,7 @@ class AdaLoRASteps(TrainerCallback):
         self.tuner.update_and_allocate(state.global_step)
         self.pattern, config.rank_pattern = config.rank_pattern, None
 
-# %% ../nbs/api/33_train.ipynb #48de6a00
+# %% ../nbs/api/33_train.ipynb #11b9d6d2
 @dataclass
 class Job:
     "A run that is ready to start: everything that could be wrong with its input has been looked at."
@@ -300,6 +307,7 @@ class Job:
     best: str = ""  # metric that chooses the best epoch
     baseline: dict[str, float] = field(default_factory=dict)  # the figure to beat
     left_out: dict[str, list[int]] = field(default_factory=dict)  # rows of instruction data, by reason
+    digest: str = ""  # of the rows of instruction data
 
 # %% ../nbs/api/33_train.ipynb #16469b88
 def versions() -> dict[str, str]:
@@ -361,7 +369,7 @@ def rows_of(job: Job) -> dict[str, Any]:
     "How many rows of instruction data were used, and the numbers of those that could not be."
     return {**{split: len(rows) for split, rows in job.data.items()}, "left_out": job.left_out}
 
-# %% ../nbs/api/33_train.ipynb #2bf30ed0
+# %% ../nbs/api/33_train.ipynb #568f4a21
 MAY_DIFFER = {"device", "report_to", "micro_batch_size"}  # where a run computes and reports, how much at a time
 
 
@@ -404,6 +412,8 @@ def check_free(folder: Path) -> None:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise ValueError(f"{there} is a file: name another --output-dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written into {there}: name another --output-dir")
     if taken := [name for name in ("adapter", "model", "checkpoints", "record.json") if (folder / name).exists()]:
         raise ValueError(f"{folder} holds {', '.join(taken)}, but not of a run: name another --output-dir")
 
@@ -427,20 +437,37 @@ def prepare(
     check_device(run)
     check_report_to(run.report_to)
     micro_batches(run)
-    if task.generative:
-        hold_out(
-            load_instructions(run.data_dir), run.held_out
-        )  # looked at first: a base model may take minutes to load
+    digest = check_rows(run, folder) if task.generative else ""  # looked at first: a base may take minutes to load
     model, tokenizer = build_model(run, task)
     for callback in callbacks_of(run):
         if hasattr(callback, "check"):
             callback.check(model)
     data, left_out = load_data(run, tokenizer)
+    if task.generative:
+        check_tokens(model, data)
     prefix, first = next(iter(validation_splits(data).items()))
     best = "_".join(filter(None, [prefix, task.metrics[0]]))
     args = training_arguments(run, folder / "checkpoints", f"eval_{best}")
     constant = {} if task.generative else baseline(task, data["train"]["labels"], data[first]["labels"])
-    return Job(run, folder, None, model, tokenizer, data, args, best, constant, left_out)
+    return Job(run, folder, None, model, tokenizer, data, args, best, constant, left_out, digest)
+
+
+def check_rows(run: Run, folder: Path) -> str:
+    "A digest of the instructions. ValueError where there are too few, or the run in the folder began with others."
+    found = load_instructions(run.data_dir)
+    hold_out(found, run.held_out)
+    digest = hashlib.sha256(json.dumps(found.rows).encode()).hexdigest()
+    started = folder / "run.json"
+    if started.exists() and read_started(started).get("rows", digest) != digest:
+        raise ValueError(f"the rows have changed since the run in {folder} began: name another --output-dir")
+    return digest
+
+
+def check_tokens(model: nn.Module, data: datasets.DatasetDict) -> None:
+    "ValueError where rows have tokens that the model does not know."
+    largest = max(max(ids) for rows in data.values() for ids in rows["input_ids"])
+    if largest >= (known := model.get_input_embeddings().num_embeddings):
+        raise ValueError(f"the tokenizer gives token {largest}, and the model knows {known}: they do not belong together")
 
 
 def callbacks_of(run: Run) -> list[transformers.TrainerCallback]:
@@ -504,7 +531,7 @@ def carry_out(
     if run.method == "adalora":
         checkpoint = None
     if job.args.process_index == 0:
-        write_json(folder / "run.json", as_started(run))
+        write_json(folder / "run.json", as_started(run) | ({"rows": job.digest} if job.digest else {}))
         announce(job, checkpoint)
         if checkpoint:
             relocate(checkpoint)
@@ -555,6 +582,8 @@ def announce(job: Job, checkpoint: Path | None) -> None:
     what = f"{run.task} | {run.method} | {counts['trainable_parameters']:,} trainable parameters"
     epochs = f"{run.epochs} epoch{'s' * (run.epochs > 1)}"
     print(f"{what} | {len(job.data['train']):,} rows, {epochs}, lr {run.lr:g}, {job.args.device.type}", flush=True)
+    if run_task(run).generative and run.max_length > job.tokenizer.model_max_length:
+        print(f"rows are cut at {job.tokenizer.model_max_length} tokens: the model has no more positions", flush=True)
     if report := Rows([], job.left_out).report():
         print(report, flush=True)
     if checkpoint:

@@ -31,7 +31,7 @@ from lor2c.base import demo_model, gemma_model, load_decoder
 from lor2c.cli import main
 from lor2c.plots import best_of, score_of
 from lor2c.run import METHODS, alpaca_run
-from lor2c.train import carry_out, prepare, train
+from lor2c.train import as_started, carry_out, prepare, train
 
 NAMES = "red blue green white black brown grey pink".split()
 RUN = "alpaca --rank 4 --epochs 2 --batch-size 16 --micro-batch-size 8 --held-out 16 --lr 0.01 --seed 3 --device cpu".split()
@@ -369,6 +369,8 @@ def test_out_of_memory_says_what_to_try(model, data, tmp_path):
         (["--quantize", "2bit"], "unknown quantize '2bit'"),
         (["--quantize", "4bit"], "quantize '4bit' cannot train on a CPU"),
         (["--method", "head"], "method 'head' trains nothing"),
+        (["--method", "reslora-is", "--checkpointing"], "reads activations that checkpointing does not keep"),
+        (["--lr", "inf"], "lr must be above 0, found inf"),
         (["--method", "lora", "--max-merges", "1"], "method 'lora' has no max_merges"),
         (["--model", "minilm"], "is no decoder"),
         (["--model", "no-such/model"], "is no folder, not in the cache"),
@@ -447,3 +449,64 @@ def test_compare_takes_instructions_too(capsys, model, data, tmp_path):
     assert all(float(rows[method]) < float(rows["(nothing learnt)"]) for method in ("lora", "lor2c", "imlor2c"))
     made = [json.loads(file.read_text()) for file in (tmp_path / "c").rglob("record.json")]
     assert score_of(best_of(made)) == min(score_of(record) for record in made) and len(made) == 3
+
+
+# What a sceptical user tries
+
+
+def test_a_run_does_not_go_on_with_other_rows(model, tmp_path):
+    """The file has the same name and other rows: what was measured before would not belong to what comes."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(rows(40)))
+    run = run_of("lora", model, file)
+    job = prepare(run, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text(json.dumps({**as_started(run), "rows": job.digest}))
+    prepare(run, tmp_path / "run", resume=True)
+    file.write_text(json.dumps(rows(41)))
+    with pytest.raises(ValueError, match="the rows have changed since"):
+        prepare(run, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        ([{"instruction": "a", "output": "b"}], "there is one usable row"),
+        ([{"instruction": "a", "output": f"{i}"} for i in range(40)], "no row is left to train on"),
+    ],
+)
+def test_too_few_rows(model, tmp_path, made, message):
+    (tmp_path / "mine.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match=message):
+        prepare(run_of("lora", model, tmp_path / "mine.json"), tmp_path / "run")
+
+
+def test_half_a_unicode_pair_is_named_and_left_out(tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps([{"instruction": "x\ud800", "output": "a"}, *rows(2)]))
+    assert load_instructions(tmp_path / "mine.json").left_out == {"half of a Unicode pair": [0]}
+    (tmp_path / "other.json").write_bytes('[{"instruction": "a"}]'.encode("utf-16"))
+    with pytest.raises(ValueError, match="other.json is damaged, or no UTF-8"):
+        load_instructions(tmp_path / "other.json")
+
+
+def test_divergence_is_one_line(capsys, model, data, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main([*RUN, "--lr", "1e30", "--model", model, "--data-dir", str(data), "--output-dir", str(tmp_path / "run")])
+    assert end.value.code == 1 and capsys.readouterr().err.endswith("training diverged; a lower --lr may help\n")
+
+
+def test_a_tokenizer_of_another_model_is_refused(model, data, tmp_path):
+    config = T.AutoConfig.from_pretrained(model, vocab_size=100)
+    T.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"gives token \d+, and the model knows 100"):
+        prepare(run_of("lora", str(tmp_path / "base"), data), tmp_path / "run")
+
+
+def test_training_survives_a_reader_that_goes_away(model, data, tmp_path):
+    """As with `| head -1`."""
+    process = start(*RUN, "--model", model, "--data-dir", data, "--output-dir", tmp_path / "run")
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=200)
+    assert (tmp_path / "run/record.json").exists() and "Traceback" not in process.stderr.read()
