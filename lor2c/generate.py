@@ -28,7 +28,7 @@ from .alpaca import TEMPLATES, as_tokens, make_prompt
 from .base import DTYPES, find_model, load_decoder, position_limit
 from .run import one_of
 
-# %% ../nbs/api/38_generate.ipynb #da77203b
+# %% ../nbs/api/38_generate.ipynb #2a1797f0
 def find_adapter(
     folder: str | os.PathLike,  # of an adapter, of a whole model, or of a run with adapter/ or model/
 ) -> Path:
@@ -49,7 +49,7 @@ def is_adapter(folder: Path) -> bool:
     "Whether a folder holds an adapter, rather than a whole model."
     return (folder / "adapter_config.json").is_file()
 
-
+# %% ../nbs/api/38_generate.ipynb #85e950ef
 def recorded(
     folder: Path,  # as `find_adapter` returns it
 ) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def template_of(folder: str | os.PathLike) -> str:
     "The template that a run's prompts had; 'alpaca' where nothing is recorded."
     return recorded(find_adapter(folder)).get("template", "alpaca")
 
-# %% ../nbs/api/38_generate.ipynb #9b007da7
+# %% ../nbs/api/38_generate.ipynb #5fc36df9
 def find_base(
     folder: Path,  # of an adapter
     config: dict[str, Any],  # the adapter's
@@ -87,7 +87,7 @@ def find_base(
     made = f"was made for {names[0] or names[1]!r}, which is not to be had" if any(names) else "does not say for which"
     raise OSError(f"the adapter in {folder} {made}: say where its base model is now, with model=... (--model)")
 
-
+# %% ../nbs/api/38_generate.ipynb #787d2a53
 def load_tuned(
     folder: str | os.PathLike,  # as for `find_adapter`
     model: str | None = None,  # base model, as `find_base`
@@ -113,7 +113,7 @@ def load_tuned(
     base, tokenizer = load_decoder(find_base(found, config, model), precision, quantize, home)
     return put_on(base, found, config["peft_type"], tensors).eval(), tokenizer
 
-
+# %% ../nbs/api/38_generate.ipynb #c2569d67
 def pick_device(device: str = "auto") -> str:
     "Where to compute; 'auto': a GPU if there is one. ValueError where the device is not there."
     one_of("device", device, ("auto", "cpu", "cuda", "mps"))
@@ -195,7 +195,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     ids = as_tokens(tokenizer, after, "chat")
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
-# %% ../nbs/api/38_generate.ipynb #510822d1
+# %% ../nbs/api/38_generate.ipynb #845fbe87
 def generate(
     model: nn.Module,  # a causal language model, with or without adapters
     tokenizer: PreTrainedTokenizerBase,
@@ -230,7 +230,7 @@ def generate(
     answers = [list(takewhile(lambda token: token not in ends, answer)) for answer in answers]
     return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
-
+# %% ../nbs/api/38_generate.ipynb #4ce2f5e2
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     "A model in eval mode for a while; afterwards each of its modules is as it was."

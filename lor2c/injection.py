@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .compat import BufferDict, LoraLayer, LoraModel, get_quantization_config
 from .layout import Injection
 
-# %% ../nbs/api/14_injection.ipynb #2a1829a4
+# %% ../nbs/api/14_injection.ipynb #33a32bc6
 QUERIES = ("query", "q_proj", "q_lin", "query_proj", "q")
 VALUES = ("value", "v_proj", "v_lin", "value_proj", "v")
 FUSED = {
@@ -66,7 +66,7 @@ def find_qv(
         f"configuration, or max_injections=0. {linear_modules(last)}"
     )
 
-
+# %% ../nbs/api/14_injection.ipynb #300c981b
 def linear_modules(names: dict[str, str]) -> str:
     "A sentence that names the linear modules of a layer."
     return f"Its linear modules: {', '.join(names) or 'none'}"
@@ -116,7 +116,7 @@ class FusedUp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., 2 r) -> (..., out)
         return F.linear(x, self.weight)
 
-# %% ../nbs/api/14_injection.ipynb #8ce02048
+# %% ../nbs/api/14_injection.ipynb #42f53565
 def add_lora(
     model: nn.Module,  # the base model
     layers: nn.ModuleList,
@@ -135,11 +135,14 @@ def add_lora(
         lora.train(layer.training)
     return list(made.values())
 
-
+# %% ../nbs/api/14_injection.ipynb #8f4589fc
 def with_lora(
     model: nn.Module, target: nn.Module, one: Injection, name: str, dropout: float, rows: Rows | None
 ) -> LoraLayer:
-    "PEFT's LoRA layer around `target`, or `target` itself with one more adapter; quantised bases as PEFT has them."
+    """PEFT's LoRA layer around `target`, or `target` itself with one more adapter; quantised bases as PEFT has them.
+
+    Source: LoR2C Eq. 1; ResLoRA Eq. 1.
+    """
     both = 1 if rows is None else 2  # q and v side by side, so twice the rank at the same scaling
     transposed = isinstance(target.get_base_layer() if isinstance(target, LoraLayer) else target, Conv1D)
     config = LoraConfig(r=both * one.r, lora_alpha=both * one.alpha, lora_dropout=dropout, fan_in_fan_out=transposed)
@@ -168,7 +171,7 @@ def quantisation(model: nn.Module) -> dict[str, Any]:
         found["get_apply_tensor_subclass"] = config.get_apply_tensor_subclass
     return found
 
-
+# %% ../nbs/api/14_injection.ipynb #d9d43ee3
 def mark(lora: LoraLayer, name: str, one: Injection, depth: int) -> None:
     "Keep what the injection is among the tensors: [layer, depth, r, n, k] with alpha = n / 2^k."
     if not hasattr(lora, "lor2c_injected"):
@@ -186,7 +189,7 @@ def read_mark(content: Tensor) -> tuple[Injection, int]:
     layer, depth, r, over, power = content.tolist()
     return Injection(layer, r, math.ldexp(over, -power)), depth
 
-
+# %% ../nbs/api/14_injection.ipynb #584f6c9b
 def injected(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     "Every LoRA layer that was injected, with its path."
     for path, module in list(model.named_modules()):

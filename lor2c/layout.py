@@ -44,7 +44,7 @@ def as_span(span: Sequence[int]) -> Span:
         raise ValueError(f"a span is [start, end] with start <= end, both whole numbers; found {span!r}")
     return start, end
 
-# %% ../nbs/api/02_layout.ipynb #e7841b15
+# %% ../nbs/api/02_layout.ipynb #7dfc80db
 def check_lora(r: int, alpha: float) -> None:
     "ValueError unless injected LoRA has a whole rank of at least 1 and an alpha above 0."
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
@@ -60,7 +60,7 @@ class Injection(NamedTuple):
     r: int
     alpha: float
 
-
+# %% ../nbs/api/02_layout.ipynb #e0957b80
 @dataclass(frozen=True)
 class Layout:
     """Residuals and injected LoRA on a stack of `depth` layers; never changed, only replaced by another.
@@ -129,7 +129,7 @@ class Layout:
         residuals = [f"[{a}..{b}]" if a < b else f"[{a}]" for a, b in self.spans]
         return " ".join(residuals + [f"LoRA@{one.layer}" for one in self.injected])
 
-# %% ../nbs/api/02_layout.ipynb #8075b89b
+# %% ../nbs/api/02_layout.ipynb #296f0158
 def legal_merges(
     layout: Layout,
     longest: int | None = None,  # most layers that a merged residual may span; None: any
@@ -143,13 +143,16 @@ def legal_injections(layout: Layout) -> list[int]:
     "Every layer whose residual may be replaced by LoRA: those that span one layer."
     return [start for start, end in layout.spans if start == end]
 
-
+# %% ../nbs/api/02_layout.ipynb #6e923a62
 def choose_merge(
     layout: Layout,
     scores: Mapping[int, float],  # start layer of a residual -> its score
     longest: int | None = None,
 ) -> tuple[int, int] | None:
-    "The legal pair with the lowest sum of scores, the lowest layer where sums are equal; None where none is legal. Eq. 6, 7."
+    """The legal pair with the lowest sum of scores, the lowest layer where sums are equal; None where none is legal.
+
+    Source: LoR2C Eq. 6, 7.
+    """
     pairs = legal_merges(layout, longest)
     return min(pairs, key=lambda pair: scores[pair[0]] + scores[pair[1]], default=None)
 

@@ -45,7 +45,7 @@ def scaling_factor(
     "alpha / r, the factor before B A (LoRA section 4.1). Raises ValueError for r < 1."
     return alpha / check_rank(r)
 
-# %% ../nbs/api/00_lowrank.ipynb #be6715b7
+# %% ../nbs/api/00_lowrank.ipynb #3b42e9e7
 def add_delta(
     h: Tensor,  # stream to add to, (..., d)
     x: Tensor,  # stream the pair reads, (..., d)
@@ -55,7 +55,7 @@ def add_delta(
 ) -> Tensor:  # (..., d), in h's dtype
     """h + scaling * B A x over the last dimension, in one pass where the dtypes allow it.
 
-    Source: LoR2C Eq. 2 with W = B A. Raises torch's RuntimeError where the widths differ.
+    Shapes: h and x (..., d), A (r, d), B (d, r); the result has h's shape and dtype. Source: LoR2C Eq. 2 with W = B A. Raises torch's RuntimeError where the widths differ.
     """
     t = F.linear(x.to(A.dtype), A)
     if h.dtype == A.dtype and not torch.is_autocast_enabled(h.device.type):
@@ -63,13 +63,13 @@ def add_delta(
         return flat.view_as(h)
     return h + (F.linear(t, B) * scaling).to(h.dtype)
 
-# %% ../nbs/api/00_lowrank.ipynb #ece8ec19
+# %% ../nbs/api/00_lowrank.ipynb #9e5f5cee
 def singular_values(
     A: Tensor | Sequence[Tensor],  # (..., r, d), or a list of (r, d)
     B: Tensor | Sequence[Tensor],  # (..., d, r), or as many (d, r)
     scaling: float = 1.0,
 ) -> Tensor:  # (..., r), descending; (n, r) for lists
-    """The r singular values of scaling * B A, in O(d r^2).
+    """The r singular values of scaling * B A, descending, in O(d r^2): A (..., r, d), B (..., d, r) -> (..., r).
 
     In the type of float64 pairs; in float32 for narrower ones, resolved to 1e-8 of the largest. For r > d only d values
     can differ from zero: d are returned. Lists are decomposed together, without a copy of all of them.
@@ -80,7 +80,7 @@ def singular_values(
     values = torch.linalg.svdvals(R_B @ R_A.mT)[..., : first.shape[-1]] * abs(scaling)
     return values.to(torch.promote_types(first.dtype, torch.float32))
 
-
+# %% ../nbs/api/00_lowrank.ipynb #1f22e58d
 def triangle(X: Tensor) -> Tensor:  # (..., d, r) -> (..., r, r), or (..., d, r) for float64 and d < r; float64
     "R with R^T R = X^T X: the QR factor of a float64 matrix; of a narrower one a root of its Gram matrix, which is faster."
     if X.dtype == torch.float64:
@@ -107,13 +107,13 @@ def root(G: Tensor) -> Tensor:  # (..., r, r)
     squares, V = torch.linalg.eigh(G)
     return squares.clamp_min(0).sqrt().unsqueeze(-1) * V.mT
 
-# %% ../nbs/api/00_lowrank.ipynb #b4990066
+# %% ../nbs/api/00_lowrank.ipynb #e43ac07e
 def numerical_rank(
     values: Tensor,  # singular values, (..., r), as from `singular_values`
     d: int,  # width of the stream, for the default tolerance
     rtol: float | None = None,  # relative tolerance; d times the dtype's eps if None
 ) -> Tensor:  # (...), int64
-    """How many singular values exceed rtol times the largest; 0 for a zero matrix.
+    """How many singular values, (..., r), exceed rtol times the largest, (...); 0 for a zero matrix.
 
     The default rtol is that of `torch.linalg.matrix_rank`.
     """

@@ -54,7 +54,7 @@ def orthogonality_gradient(
     "The gradient of `orthogonality` in closed form, in O(d r^2) and without a graph. Source: RM-LoRA Eq. 10."
     return rows_gradient(A, squared), rows_gradient(B.mT, squared).mT
 
-# %% ../nbs/api/04_orthogonality.ipynb #cdb11b8a
+# %% ../nbs/api/04_orthogonality.ipynb #c0862f8a
 def product_orthogonality(
     values: Tensor,  # singular values of B A, as from `singular_values`
     d_out: int,  # rows of B
@@ -65,7 +65,7 @@ def product_orthogonality(
     """
     return (values.double().square() - 1).square().sum().item() + d_out - len(values)
 
-
+# %% ../nbs/api/04_orthogonality.ipynb #f15cf21a
 def measure_pair(
     A: Tensor,  # (r, d_in)
     B: Tensor,  # (d_out, r)
@@ -74,7 +74,7 @@ def measure_pair(
 ) -> dict[str, Any]:
     """The numerical rank of W = B A, ||W W^T - I||_F^2, and the pair's regulariser, in O(d r^2).
 
-    Raises ValueError where a number is not finite. Source: RM-LoRA Table 5 and Eq. 10.
+    Raises ValueError where a number is not finite. Source: RM-LoRA Table 5.
     """
     if not (A.isfinite().all() and B.isfinite().all()):
         raise ValueError(

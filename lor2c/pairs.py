@@ -20,7 +20,7 @@ from .injection import FusedUp
 from .residual import LoR2CLayer
 from .surgery import full
 
-# %% ../nbs/api/22_pairs.ipynb #6cf6d46c
+# %% ../nbs/api/22_pairs.ipynb #7f2bc45e
 @dataclass(frozen=True)
 class PairFactor:
     "A or B of a pair, with its r directions: rows of A, columns of B."
@@ -55,7 +55,7 @@ class PairFactor:
         mask = mask.view([-1 if i == self.dim else 1 for i in range(self.p.dim())]).to(self.p.device)
         return own_part(mask.expand(self.p.shape), self.p) if isinstance(self.p, DTensor) else mask
 
-
+# %% ../nbs/api/22_pairs.ipynb #93024aee
 def local(tensor: Tensor) -> Tensor:
     "What this process has of a tensor; shares its memory."
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -69,7 +69,7 @@ def own_part(whole: Tensor, like: Tensor) -> Tensor:
     spread = DTensor.from_local(whole.contiguous(), like.device_mesh, everywhere, run_check=False)
     return spread.redistribute(placements=like.placements).to_local()
 
-# %% ../nbs/api/22_pairs.ipynb #497403f1
+# %% ../nbs/api/22_pairs.ipynb #f73ad080
 @dataclass(frozen=True)
 class LowRankPair:
     "A pair that is trained: its two matrices, and the name by which the directions of its A are drawn."
@@ -98,7 +98,7 @@ def low_rank_pairs(
                         found[name] = LowRankPair(A, B, drawn.setdefault((id(A.p), A.first), name), injected)
     return found
 
-
+# %% ../nbs/api/22_pairs.ipynb #956fde20
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, LoraLayer | LoR2CLayer]]:
     "Modules with adapters; their paths begin at the base model, unless there are several, and so are free of wrappers."
     tuners = {path: m.model for path, m in model.named_modules() if isinstance(m, BaseTuner)} or {"": model}
@@ -130,7 +130,7 @@ def factors_in(
             yield f"{name}.q", PairFactor(A, 0, up.r, 0), PairFactor(up.q, 1, up.r)
             yield f"{name}.v", PairFactor(A, 0, up.r, up.r), PairFactor(up.v, 1, up.r)
 
-
+# %% ../nbs/api/22_pairs.ipynb #31595220
 def two_factors(A: nn.Parameter, B: nn.Parameter) -> tuple[PairFactor, PairFactor]:
     "The usual: all of A and all of B."
     return PairFactor(A, 0, A.shape[0]), PairFactor(B, 1, A.shape[0])

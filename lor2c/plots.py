@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['COLOURS', 'LOOKS', 'MARKS', 'plot_runs', 'task_and_metric', 'constant_answer', 'draw_run', 'Block', 'blocks_of',
            'held', 'layers_of', 'plot_structure', 'draw_block', 'draw_move', 'limits_of', 'moves_of', 'score_of',
-           'best_of', 'plot_grid', 'draw_cell', 'names_of', 'plot_comparison', 'draw_contender', 'save_picture']
+           'best_of', 'plot_grid', 'draw_grid', 'draw_cell', 'names_of', 'plot_comparison', 'draw_contender',
+           'plot_scores', 'plot_singular_values', 'draw_curves', 'spectra_of', 'plot_spectra', 'gradient_ratio',
+           'plot_gradient_ratio', 'draw_ratio', 'draw_surface', 'save_picture']
 
-# %% ../nbs/api/34_plots.ipynb #44a08600
+# %% ../nbs/api/34_plots.ipynb #8367bab7
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,13 +19,17 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
+import torch
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from .layout import layers_needed
+from .sfs import check_k, sfs
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -160,7 +166,7 @@ def draw_move(axes: Axes, epoch: float, move: dict[str, Any], depth: int) -> Non
     look = dict(markerfacecolor="white") if done else dict(markeredgewidth=2)
     axes.plot(epoch, y, marker, color="black", markersize=7, label=name, clip_on=False, linestyle="", **look)
 
-# %% ../nbs/api/34_plots.ipynb #eed0cba6
+# %% ../nbs/api/34_plots.ipynb #32d00cef
 def limits_of(record: dict[str, Any]) -> tuple[int, int]:
     "M_max and I_max of a run."
     return record["hyper_parameters"]["max_merges"], record["hyper_parameters"]["max_injections"]
@@ -185,21 +191,32 @@ def best_of(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot_grid(
-    records: Sequence[dict[str, Any]],  # of runs that differ in their limits only
+    records: Sequence[dict[str, Any]],  # of runs that differ in their limits, and perhaps in their task, only
     merges: Sequence[int],  # columns
     injections: Sequence[int],  # rows
 ) -> Figure:
     """Score by limits: a heat map with hatched cells where the model has too few layers, and the best cell framed.
 
-    Raises ValueError for no records, several tasks, or two records of one cell. Source: LoR2C Fig. 6.
+    Several tasks stand side by side. Raises ValueError for no records, or two of one cell. Source: LoR2C Fig. 6.
     """
+    tasks = list(dict.fromkeys(record["task"] for record in records))
+    size = len(tasks) * (1.5 + 0.62 * len(merges)), 1.6 + 0.5 * len(injections)
+    if not tasks:
+        raise ValueError("no records to draw: a grid needs one record for each cell that was run")
+    figure, panels = plt.subplots(1, len(tasks), figsize=size, layout="constrained", squeeze=False)
+    for axes, task in zip(panels[0], tasks, strict=True):
+        draw_grid(axes, [record for record in records if record["task"] == task], merges, injections)
+    return figure
+
+
+def draw_grid(axes: Axes, records: Sequence[dict[str, Any]], merges: Sequence[int], injections: Sequence[int]) -> None:
+    "One task's cells. Its colours run from its lowest score to its highest, however near each other they are."
     task, metric = task_and_metric(records)
     found = {limits_of(record): record for record in records}
     if len(found) < len(records):
         raise ValueError(f"{len(records)} records have {len(found)} different limits: one record for each cell")
-    figure, axes = plt.subplots(figsize=(1.5 + 0.62 * len(merges), 1.6 + 0.5 * len(injections)), layout="constrained")
     scores = [score_of(record) for record in records]
-    colour = plt.cm.ScalarMappable(Normalize(min(scores), max(scores)), "cividis")
+    colour = ScalarMappable(Normalize(min(scores), max(scores)), "cividis")
     for y, i in enumerate(injections):
         for x, m in enumerate(merges):
             draw_cell(axes, x, y, found.get((m, i)), layers_needed(m, i) <= layers_of(records[0]), colour)
@@ -212,7 +229,6 @@ def plot_grid(
     axes.set_xticks(range(len(merges)), merges)
     axes.set_yticks(range(len(injections)), injections)
     axes.set_title(f"{task}: {metric.replace('_', ' ')}")
-    return figure
 
 
 def draw_cell(axes: Axes, x: int, y: int, record: dict[str, Any] | None, reachable: bool, colour: Any) -> None:
@@ -274,6 +290,148 @@ def draw_contender(axes: Axes, records: Sequence[dict[str, Any]], name: str, mar
     size = mean(record["trainable_parameters"] for record in records)
     spread = stdev(scores) if len(scores) > 1 else None
     axes.errorbar(size, mean(scores), spread, marker=marker, color=colour, ls="", ms=6, capsize=3, lw=1, label=name)
+
+# %% ../nbs/api/34_plots.ipynb #528e671f
+def plot_scores(
+    record: dict[str, Any],  # of a run with a method that changes its structure
+    what: str = "score",  # or "gradient"
+) -> Figure:
+    "What a run noted of each residual, by epoch. Raises ValueError without a structure. Source: LoR2C Fig. 4, 5."
+    lines: dict[tuple[int, int], dict[float, float]] = {}
+    if not record.get("structure"):
+        raise ValueError(f"the record of method {record['method']!r} has no structure: no scores were noted")
+    if what not in ("score", "gradient"):
+        raise ValueError(f"what must be 'score' or 'gradient', found {what!r}")
+    for entry in record["structure"]:
+        for one in entry["residuals"]:
+            lines.setdefault(tuple(one["layers"]), {})[entry["epoch"]] = one[what]
+    figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
+    for (a, b), points in sorted(lines.items()):
+        look = dict(color=COLOURS[a % 7], ls="-" if a == b else "--", marker="o" if a == b else "s")
+        axes.plot(points.keys(), points.values(), ms=3, lw=1.2, label=f"layer {a}" if a == b else f"{a} to {b}", **look)
+    name = {"score": record["hyper_parameters"].get("score", "sfs").upper(), "gradient": "norm of the gradient"}[what]
+    axes.set(xlabel="epoch", ylabel=name, title=f"{record['task']}: residuals of {record['method']}")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+# %% ../nbs/api/34_plots.ipynb #9d206dbb
+def plot_singular_values(
+    record: dict[str, Any],  # of benchmarks/spectrum.py
+    matrix: str,  # one of its matrices: "W", or "B A", "B", "A"
+) -> Figure:
+    "Singular values by epoch: a heat map, and spectra over their largest value. Raises ValueError. Source: LoR2C Fig. 2."
+    values, epochs = spectra_of(record, matrix)["values"], record["epochs"]
+    figure, (heat, curves) = plt.subplots(1, 2, figsize=(9, 3.3), layout="constrained", width_ratios=(3, 2))
+    extent = (epochs[0] - 0.5, epochs[-1] + 0.5, len(values[0]) + 0.5, 0.5)  # the largest on top
+    picture = heat.imshow(np.transpose(values), aspect="auto", cmap="cividis", extent=extent, interpolation="nearest")
+    figure.colorbar(picture, ax=heat, label="singular value")
+    title = f"{matrix}, {' x '.join(map(str, spectra_of(record, matrix)['shape']))}"
+    heat.set(xlabel="epoch", ylabel="index, in descending order", title=f"{title}: mean over layers")
+    heat.xaxis.set_major_locator(MaxNLocator(integer=True))
+    draw_curves(curves, values, epochs)
+    return figure
+
+
+def draw_curves(axes: Axes, values: Sequence[Sequence[float]], epochs: Sequence[int]) -> None:
+    "Spectra over their largest value at an early, a middle and the last epoch; a matrix of zeros has none."
+    there = [i for i in range(len(epochs)) if max(values[i]) > 0]
+    chosen = sorted({0, len(there) // 4, len(there) - 1}) if there else []
+    for i, colour in zip([there[j] for j in chosen], COLOURS, strict=False):
+        index = range(1, len(values[i]) + 1)
+        axes.plot(index, np.divide(values[i], values[i][0]), color=colour, label=f"epoch {epochs[i]}")
+    axes.set(yscale="log", xlabel="index", ylabel="value / largest value", title="the same, logarithmic")
+    if there:
+        axes.legend(fontsize=8)
+
+
+def spectra_of(record: dict[str, Any], matrix: str) -> dict[str, Any]:
+    "What a record holds about one of its matrices. ValueError where there is none of that name."
+    if matrix not in (there := record.get("matrices", {})):
+        raise ValueError(f"the record has no matrix {matrix!r}: it has {', '.join(map(repr, there)) or 'none'}")
+    return there[matrix]
+
+# %% ../nbs/api/34_plots.ipynb #f156ab4d
+def plot_spectra(
+    record: dict[str, Any],  # of benchmarks/spectrum.py with a small rank
+    matrix: str = "B A",
+    epoch: int | None = None,  # None: the last
+    k: int | None = None,  # how many count as the top; half of them if None
+) -> Figure:
+    "Singular values of each layer at an epoch, top k and rest, with their SFS (LoR2C Eq. 5). Raises ValueError."
+    found, epochs = spectra_of(record, matrix).get("layers"), record["epochs"]
+    if found is None:
+        raise ValueError(f"the record has no singular values of single layers for {matrix!r}: its rank is too large")
+    if epoch is not None and epoch not in epochs:
+        raise ValueError(f"epoch {epoch} is not in the record: it has {epochs[0]} to {epochs[-1]}")
+    rows = torch.tensor(found[-1 if epoch is None else epochs.index(epoch)])
+    k, index = check_k(k, rows.shape[1]), range(1, rows.shape[1] + 1)
+    figure, panels = plt.subplots(1, len(rows), figsize=(1.5 * len(rows), 2.2), layout="constrained", squeeze=False)
+    for layer, (axes, values) in enumerate(zip(panels[0], rows, strict=True)):
+        axes.bar(index, values, color=[COLOURS[i > k] for i in index])
+        axes.set_title(f"layer {layer}\nSFS {sfs(values, k):.3f}", fontsize=9)
+    panels[0][0].set_ylabel("singular value")
+    figure.supxlabel(f"index: blue the top k = {k}, orange the rest", fontsize=9)
+    return figure
+
+# %% ../nbs/api/34_plots.ipynb #328b754d
+def gradient_ratio(
+    ours: dict[str, Any],  # a record of benchmarks/gradients.py
+    theirs: dict[str, Any],  # another, of as many epochs and layers
+    measure: str = "mean_abs",  # or "norm", "stream"
+) -> np.ndarray:  # (epochs, layers)
+    "A measure of one run over that of another. Raises ValueError where they do not fit. Source: LoR2C Fig. 7."
+    if missing := [record["method"] for record in (ours, theirs) if not record.get(measure)]:
+        raise ValueError(f"no measure {measure!r} in the record of {missing[0]!r}")
+    above, below = np.array(ours[measure]), np.array(theirs[measure])
+    if above.shape != below.shape:
+        raise ValueError(f"records of {above.shape} and {below.shape} epochs and layers cannot be compared")
+    return above / below
+
+
+def plot_gradient_ratio(
+    ratio: np.ndarray,  # (epochs, layers), above 0
+    first_epoch: int = 1,
+) -> Figure:
+    "A ratio by epoch and layer, as a heat map and as a surface. Raises ValueError unless above 0. Source: LoR2C Fig. 7."
+    ratio = np.asarray(ratio, dtype=float)
+    if ratio.ndim != 2 or not (np.isfinite(ratio) & (ratio > 0)).all():
+        raise ValueError(f"a ratio needs numbers above 0 by epoch and layer, found {ratio.tolist()}")
+    logs, epochs = np.log2(ratio), np.arange(first_epoch, first_epoch + len(ratio))
+    most = max(1.0, np.abs(logs).max())
+    colour = ScalarMappable(Normalize(-most, most), "PuOr_r")
+    figure = plt.figure(figsize=(9.4, 3.7), layout="constrained")
+    heat, surface = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2, projection="3d")
+    draw_ratio(heat, ratio, epochs, colour)
+    draw_surface(surface, logs, epochs, colour)
+    bar = figure.colorbar(colour, ax=heat, label="ratio", format=lambda x, _: f"{2.0**x:.3g}")
+    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def draw_ratio(axes: Axes, ratio: np.ndarray, epochs: np.ndarray, colour: ScalarMappable) -> None:
+    "A cell for each epoch and layer, with its number where there is room."
+    extent = (epochs[0] - 0.5, epochs[-1] + 0.5, -0.5, ratio.shape[1] - 0.5)
+    axes.imshow(colour.to_rgba(np.log2(ratio).T), origin="lower", aspect="auto", extent=extent)
+    for (e, layer), value in np.ndenumerate(ratio if ratio.size <= 100 else np.empty((0, 0))):
+        ink = "white" if abs(colour.norm(np.log2(value)) - 0.5) > 0.33 else "black"
+        axes.text(epochs[e], layer, f"{value:.2g}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set(xlabel="epoch", ylabel="layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def draw_surface(axes: Axes, logs: np.ndarray, epochs: np.ndarray, colour: ScalarMappable) -> None:
+    "The same as heights, with a grey plane where the two are equal."
+    x, y = np.meshgrid(epochs, np.arange(logs.shape[1]), indexing="ij")
+    axes.plot_wireframe(x, y, 0 * logs, color="grey", lw=0.5)
+    faces = (logs[1:, 1:] + logs[1:, :-1] + logs[:-1, 1:] + logs[:-1, :-1]) / 4  # the mean of a face's corners
+    axes.plot_surface(x, y, logs, facecolors=colour.to_rgba(faces), edgecolor="black", lw=0.3, shade=False)
+    axes.set(xlabel="epoch", ylabel="layer", zlabel="ratio")
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.zaxis.set_major_formatter(lambda z, _: f"{2.0**z:.3g}")
+    axes.view_init(elev=25, azim=-60)
+    axes.set_box_aspect(None, zoom=0.85)  # room for the labels
 
 # %% ../nbs/api/34_plots.ipynb #40dea48b
 def save_picture(

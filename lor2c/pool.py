@@ -50,7 +50,7 @@ def attempt(
             traceback.print_exc(file=log)
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-# %% ../nbs/api/35_pool.ipynb #cb03aaf9
+# %% ../nbs/api/35_pool.ipynb #e56d5212
 def begin_worker(threads: int, verbosity: int, alive: Connection) -> None:
     "Set up a process of the pool."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -67,7 +67,7 @@ def end_with(alive: Connection) -> None:
     alive.poll(None)
     os._exit(1)
 
-
+# %% ../nbs/api/35_pool.ipynb #73b2a6e1
 RUNS_OF_A_PROCESS = 8  # about; then a fresh one takes its place
 
 

@@ -7,7 +7,7 @@ __all__ = ['SHORTCUTS', 'LORA_NAMES', 'NOT_PLAIN', 'ResLoRAConfig', 'place_of', 
            'BlockDown', 'BlockUp', 'MeasuredDown', 'InputDown', 'MiddleDown', 'join', 'targets_of', 'link',
            'refuse_unsteady', 'refuse_merge', 'ResLoRAModel']
 
-# %% ../nbs/api/17_reslora.ipynb #18c5b211
+# %% ../nbs/api/17_reslora.ipynb #99ee43ab
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,14 +23,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .compat import LORA_TARGETS, BaseTuner, BaseTunerLayer, LoraLayer, add_peft_type
 from .compat import check_target_module_exists, include_all_linear, register
-from .config import OTHER_NAMES, check_numbers, refuse_other_names, write_card
+from .config import OTHER_NAMES, check_numbers, refuse_other_names, tell_arguments, write_card
 from .injection import is_linear, out_features, with_lora
 from .layout import Injection
 from .residual import Held, hidden_states
 from .stack import stacks
 from .tuner import layerdrop, switch, switches, warn_of_frozen_head
 
-# %% ../nbs/api/17_reslora.ipynb #9911233a
+# %% ../nbs/api/17_reslora.ipynb #51758895
 SHORTCUTS = ("input", "block", "middle")
 LORA_NAMES = {
     **{name: OTHER_NAMES[name] for name in ("lora_alpha", "lora_dropout", "rank")},
@@ -38,13 +38,15 @@ LORA_NAMES = {
 }
 
 
+@tell_arguments
 @functools.partial(refuse_other_names, names=LORA_NAMES)
 @dataclass
 class ResLoRAConfig(PeftConfig):
     """LoRA with shortcuts between the blocks of one module in all layers: "input", "block" or "middle".
 
-    Raises TypeError for LoRA's names of these arguments, ValueError for r < 1, alpha <= 0, dropout outside [0, 1),
-    pre_num < -1, window < 1, or an unknown shortcut or first. Source: ResLoRA section 3.2, Eq. 2 to 4.
+    A block is A (r, d_in) and B (d_out, r), scaled by alpha / r; `pre_num` previous blocks take part. Raises
+    TypeError for LoRA's names of these arguments, ValueError for r < 1, alpha <= 0, dropout outside [0, 1), pre_num < -1,
+    window < 1, or an unknown shortcut or first. Source: ResLoRA section 3.2.
     """
 
     r: int = field(default=8, metadata={"help": "rank of every block"})
@@ -82,7 +84,7 @@ class ResLoRAConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory))
 
-# %% ../nbs/api/17_reslora.ipynb #2c8c42c8
+# %% ../nbs/api/17_reslora.ipynb #804d8f0f
 def place_of(path: str, stacks: Iterable[str] = ()) -> tuple[tuple[str, str], int] | None:
     """The chain of a module and its layer: 'encoder.layer.3.query' -> (('encoder.layer', 'query'), 3); None outside.
 
@@ -96,7 +98,7 @@ def place_of(path: str, stacks: Iterable[str] = ()) -> tuple[tuple[str, str], in
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return None if at is None else ((".".join(parts[:at]), ".".join(parts[at + 1 :])), int(parts[at]))
 
-
+# %% ../nbs/api/17_reslora.ipynb #e1c16ce4
 def links_of(
     shapes: Sequence[tuple[int, int]],  # (in, out) of each block of a chain
     pre_num: int,
@@ -195,7 +197,7 @@ class BlockUp(Factor):
     def forward(self, t: Tensor) -> Tensor:
         return F.linear(t, torch.cat(self.chain.with_linked(self.chain.ups, self.index, t.device), dim=1))
 
-# %% ../nbs/api/17_reslora.ipynb #ada5ec22
+# %% ../nbs/api/17_reslora.ipynb #65a3b80a
 class MeasuredDown(Factor):
     "An A whose forward others read from; keeps norms of the last `window` training forwards."
 
@@ -231,9 +233,9 @@ class MeasuredDown(Factor):
             self.norms = norms.to(self.norms.device)
         return self
 
-
+# %% ../nbs/api/17_reslora.ipynb #c8a2e05b
 class InputDown(MeasuredDown):
-    "A_n (x_n + x_{n-1} + ...), and A_0 (x_0 + x_0) for the first block if the chain doubles it. Source: ResLoRA Eq. 2."
+    "A_n (x_n + x_{n-1} + ...), and A_0 (x_0 + x_0) for the first block if the chain doubles it. Source: ResLoRA Eq. 2, 16."
 
     def forward(self, x: Tensor) -> Tensor:
         x = hidden_states(self, (x,), {})
@@ -267,7 +269,7 @@ def join(chain: Chain, layer: LoraLayer, name: str, config: ResLoRAConfig) -> No
     chain.downs.append(layer.lora_A[name].train(layer.training))
     chain.ups.append(layer.lora_B[name].train(layer.training))
 
-# %% ../nbs/api/17_reslora.ipynb #27106b03
+# %% ../nbs/api/17_reslora.ipynb #cd34a96d
 def targets_of(
     model: nn.Module, config: ResLoRAConfig
 ) -> dict[str, tuple[int, int]]:  # path of a target module -> (in, out)
@@ -282,7 +284,7 @@ def targets_of(
             found[path] = (inner.nx if isinstance(inner, Conv1D) else inner.in_features, out_features(inner))
     return found
 
-
+# %% ../nbs/api/17_reslora.ipynb #278fe788
 def link(model: nn.Module, name: str, config: ResLoRAConfig) -> None:
     "Connect the blocks of adapter `name` as its configuration says. Source: ResLoRA section 3.2."
     layers = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
@@ -293,7 +295,7 @@ def link(model: nn.Module, name: str, config: ResLoRAConfig) -> None:
         for path in paths:
             join(chain, layers[path], name, config)
 
-
+# %% ../nbs/api/17_reslora.ipynb #b458e75a
 def refuse_unsteady(model: nn.Module, targets: Iterable[str]) -> None:
     "ValueError where what an earlier layer holds may be missing or of other tokens: skipped layers, single experts."
     drop = layerdrop(model)
@@ -307,7 +309,7 @@ def refuse_unsteady(model: nn.Module, targets: Iterable[str]) -> None:
             + (", or load the model with layerdrop=0" if drop else ", or other target_modules")
         )
 
-# %% ../nbs/api/17_reslora.ipynb #d7273174
+# %% ../nbs/api/17_reslora.ipynb #7da1d76a
 NOT_PLAIN = (
     "a ResLoRA adapter has shortcuts between layers, so its blocks cannot be merged one by one: fold it first, "
     "model.fold(...), which gives a plain LoRA adapter that merges"
@@ -318,7 +320,7 @@ def refuse_merge(*args: Any, **kwargs: Any) -> None:
     "What stands in for `merge` and `get_delta_weight` of a LoRA layer; ValueError."
     raise ValueError(NOT_PLAIN)
 
-
+# %% ../nbs/api/17_reslora.ipynb #5affc511
 class ResLoRAModel(BaseTuner):
     """The ResLoRA tuner, as `get_peft_model(model, ResLoRAConfig(...))` makes it.
 
@@ -347,10 +349,12 @@ class ResLoRAModel(BaseTuner):
         switch([lora], on)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        "Put LoRA on the targets and link its blocks. Raises ValueError where they cannot be linked."
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link(model, adapter_name, self.peft_config[adapter_name])
 
     def delete_adapter(self, adapter_name: str) -> None:
+        "Take an adapter out, with its shortcuts."
         before = self.active_adapters
         super().delete_adapter(adapter_name)
         if self.peft_config and self.active_adapters != before:  # PEFT lets each layer choose for itself

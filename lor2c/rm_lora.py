@@ -37,7 +37,7 @@ def draw_directions(
     "R_t: k distinct numbers below r, the same wherever they are drawn. Source: RM-LoRA Algorithm 1, line 6."
     return sorted(random.Random(f"{seed} {step} {name}").sample(range(r), k))
 
-# %% ../nbs/api/23_rm_lora.ipynb #1dbfb32a
+# %% ../nbs/api/23_rm_lora.ipynb #dccef5e5
 MASKS = (None, "gradient", "update")
 REDUCTIONS = ("sum", "mean")
 
@@ -46,7 +46,10 @@ REDUCTIONS = ("sum", "mean")
 class RMSettings:
     """What RM-LoRA does at a step: the arguments of `RMLoRACallback`, checked.
 
-    Raises ValueError for numbers and names that cannot be. Source: RM-LoRA section 4.
+    coefficient: of the regulariser. directions: that a step updates, of each pair (None: half of its rank). mask: "gradient",
+    "update" (momentum and decay stop as well) or None. share_directions: the same for A's rows and B's columns. squared:
+    norms as in Eq. 10. reduction: "sum" or "mean" over matrices. max_grad_norm: clip after all of it. rtol: of the rank in
+    the history. Raises ValueError for numbers and names that cannot be. Source: RM-LoRA section 4.
     """
 
     coefficient: float = 1e-4  # of the regulariser; 0: GM-LoRA
@@ -85,15 +88,15 @@ class RMSettings:
         "How many directions of a pair of rank r are updated at a step."
         return max(1, r // 2) if self.directions is None else min(self.directions, r)
 
-# %% ../nbs/api/23_rm_lora.ipynb #f7d3d914
+# %% ../nbs/api/23_rm_lora.ipynb #036dfb16
 def add_regulariser(
     pairs: Iterable[LowRankPair],
     settings: RMSettings,
     scale: float | Tensor = 1.0,  # of the gradients, where fp16 has scaled them
 ) -> None:
-    """Add coefficient times the gradient of Eq. 10 to the gradients there are; a shared A counts once.
+    """Add coefficient times the gradient of `orthogonality` to the gradients there are; a shared A counts once.
 
-    What has no gradient is not being trained and gets none.
+    What has no gradient is not being trained and gets none. Source: RM-LoRA Eq. 10.
     """
     matrices = {(id(f.p), f.first): f for pair in pairs for f in (pair.A, pair.B) if f.p.requires_grad}
     weight = settings.coefficient * scale / (len(matrices) if settings.reduction == "mean" else 1)
@@ -101,7 +104,7 @@ def add_regulariser(
         if factor.p.grad is not None:
             factor.add_gradient(weight * rows_gradient(factor.rows(), settings.squared))
 
-
+# %% ../nbs/api/23_rm_lora.ipynb #12ed40cc
 def masked_parts(
     pairs: dict[str, LowRankPair],
     settings: RMSettings,
@@ -128,13 +131,13 @@ def clip_all(optimizer: Optimizer, max_norm: float | Tensor) -> None:
     for some in kinds:
         clip_grads_with_norm_(some, max_norm, total)
 
-# %% ../nbs/api/23_rm_lora.ipynb #ca9dedf1
+# %% ../nbs/api/23_rm_lora.ipynb #a436edaa
 class RMLoRACallback(TrainerCallback, ExportableState):
     """RM-LoRA in any Trainer, for any PEFT LoRA and for LoR2C; coefficient=0 is GM-LoRA, mask=None is R-LoRA.
 
-    In a loop of your own: `begin` before it, `finish` after it, `measure` when you like. The work is done in hooks of
+    Its arguments are the fields of `lor2c.rm_lora.RMSettings`. In a loop of your own: `begin` before it, `finish` after it, `measure` when you like. The work is done in hooks of
     the optimizer's step, so once a step whatever the accumulation. `history` has an entry for the begin and for every
-    epoch. Raises ValueError or TypeError, before training, where it could not. Source: RM-LoRA section 4, Algorithm 1.
+    epoch. Raises ValueError or TypeError, before training, where it could not. Source: RM-LoRA section 4.
     """
 
     def __init__(
@@ -283,7 +286,7 @@ class RMLoRACallback(TrainerCallback, ExportableState):
         refuse_other_settings(self, saved)
         self.history = saved["attributes"]["history"]
 
-# %% ../nbs/api/23_rm_lora.ipynb #cee89762
+# %% ../nbs/api/23_rm_lora.ipynb #59e53ebb
 def check_hookable(model: nn.Module, optimizer: Any) -> Optimizer:  # the torch optimizer inside
     "TypeError where an optimizer's step does not see whole gradients; ValueError where another callback works on it."
     for one in (optimizer, *model.modules()):
@@ -300,7 +303,7 @@ def check_hookable(model: nn.Module, optimizer: Any) -> Optimizer:  # the torch 
         raise ValueError("another RMLoRACallback works on this optimizer: call its finish() first, or use only one")
     return inner
 
-
+# %% ../nbs/api/23_rm_lora.ipynb #09acf781
 def check_pairs(pairs: dict[str, LowRankPair], settings: RMSettings) -> None:
     "ValueError where there is no pair, or one has fewer directions than asked for; injected LoRA may have fewer."
     if not pairs:

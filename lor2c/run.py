@@ -36,7 +36,7 @@ from .data import DEMO, Task, glue_task, load_demo, load_glue, tokenize
 from .reslora import ResLoRAConfig
 from .rm_lora import RMSettings
 
-# %% ../nbs/api/32_run.ipynb #11216363
+# %% ../nbs/api/32_run.ipynb #3b5f9ba7
 CHANGING = {
     "imlor2c": ("max_merges", "max_injections"),
     "mergelor2c": ("max_merges",),
@@ -63,7 +63,7 @@ HAVE = {  # setting: the methods that have it
     **dict.fromkeys(("schedule", "score", "sfs_k", "rules"), tuple(CHANGING)),
 }
 
-
+# %% ../nbs/api/32_run.ipynb #13cf5bfc
 @dataclass(frozen=True)
 class Run:
     """Settings of one fine-tuning run; `glue_run`, `demo_run` and `alpaca_run` fill in the defaults of a task.
@@ -156,7 +156,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
 
-# %% ../nbs/api/32_run.ipynb #0c2732fc
+# %% ../nbs/api/32_run.ipynb #e238349d
 RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "mnli": (30, 128, 256, 5e-4),
     "mrpc": (30, 64, 256, 4e-4),
@@ -172,7 +172,7 @@ OWN_LR = {"full": 2e-5, "head": 1e-2}  # full: the usual; head: the best of thre
 DEMO_LR = {"full": 5e-5, "head": 1e-1, "adalora": 3e-2, "loha": 1e-2, "lokr": 1e-2}  # other adapters: 2e-3
 MINILM_LR = 3e-3  # on GLUE with the demo's encoder, for adapters without a rate of their own above
 
-
+# %% ../nbs/api/32_run.ipynb #4dc2901f
 def glue_run(
     task: str,
     method: str,
@@ -223,7 +223,7 @@ def alpaca_run(
     run = Run(ALPACA.name, method, model, 3, 128, 256, OWN_LR.get(method, lr), **settings)
     return replace(run, **given)
 
-# %% ../nbs/api/32_run.ipynb #98c1b186
+# %% ../nbs/api/32_run.ipynb #58d6b85b
 def adapter_config(
     run: Run,
     new: list[str],  # modules that are trained in full: the head, and whatever else is new
@@ -260,7 +260,7 @@ def lora_settings(run: Run) -> dict[str, Any]:
     "A run's rank, alpha and dropout in LoRA's words; it goes on q and v, PEFT's default."
     return dict(r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout)
 
-
+# %% ../nbs/api/32_run.ipynb #8dd9d282
 def build_model(
     run: Run,
     task: Task,
@@ -283,7 +283,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
     in_adapter = isinstance(model, PeftModel) and sum(n for name, n in trained.items() if "modules_to_save" not in name)
     return {"trainable_parameters": sum(trained.values()), "adapter_parameters": int(in_adapter)}
 
-# %% ../nbs/api/32_run.ipynb #3ef487ad
+# %% ../nbs/api/32_run.ipynb #75242df8
 def run_task(run: Run) -> Task:
     "The task that a run names."
     return {DEMO.name: DEMO, ALPACA.name: ALPACA}.get(run.task) or glue_task(run.task)
@@ -304,7 +304,7 @@ def load_data(
         data[name] = by_length(data[name])
     return data, left_out
 
-
+# %% ../nbs/api/32_run.ipynb #1e9ce838
 def glue_rows(run: Run) -> DatasetDict:
     "The texts of a run on GLUE or on the demo set."
     raw = load_demo() if run.task == DEMO.name else load_glue(run.task, run.data_dir)

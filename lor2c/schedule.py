@@ -28,7 +28,7 @@ def interval(
     quarter = epochs / (4 * moves + EPSILON)
     return math.floor(quarter) + 1 if how == "epoch" else quarter
 
-# %% ../nbs/api/03_schedule.ipynb #3880d80b
+# %% ../nbs/api/03_schedule.ipynb #6b932d5b
 @dataclass(frozen=True)
 class Due:
     "A decision that is due: at the end of `step` (counted from 1) of the run."
@@ -37,7 +37,7 @@ class Due:
     epoch: float
     move: str  # "merge" or "inject"
 
-
+# %% ../nbs/api/03_schedule.ipynb #8c738954
 def plan(
     max_merges: int,
     max_injections: int,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .residual import residuals
 
-# %% ../nbs/api/15_share.ipynb #16d71739
+# %% ../nbs/api/15_share.ipynb #11229130
 def shared_A(
     model: nn.Module,
     name: str,  # of the adapter
@@ -21,13 +21,16 @@ def shared_A(
 
 
 def tie(model: nn.Module, name: str) -> None:
-    "Make every residual of adapter `name` hold the same A, after something has given each a copy of its own."
+    """Make every residual of adapter `name` hold the same A, after something has given each a copy of its own.
+
+    Source: LoR2C Eq. 3.
+    """
     A = shared_A(model, name)
     for _, module in residuals(model):
         if name in module.lor2c_A:
             module.lor2c_A[name] = A
 
-
+# %% ../nbs/api/15_share.ipynb #715f6bc0
 def without_copies(
     state_dict: dict[str, Tensor],  # of one adapter: lor2c_A (r, d) and lor2c_B (d, r) of each residual
 ) -> dict[str, Tensor]:

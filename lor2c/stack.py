@@ -23,7 +23,7 @@ def stacks(
                 found[path] = module
     return found
 
-# %% ../nbs/api/11_stack.ipynb #9a587cb4
+# %% ../nbs/api/11_stack.ipynb #b2be1ed8
 def find_layers(
     model: nn.Module,
     path: str | None = None,  # dotted path of the layers; found if there is just one stack
@@ -42,7 +42,7 @@ def find_layers(
         f"found {len(found) or 'no'} stacks of transformer layers in {type(model).__name__}: name one, {choose}"
     )
 
-
+# %% ../nbs/api/11_stack.ipynb #a4d554e8
 def module_lists(model: nn.Module) -> list[str]:
     "Paths of all lists of modules: what could be meant by `layers=`."
     lists = [path for path, m in model.named_modules() if path and isinstance(m, (nn.ModuleList, nn.Sequential))]

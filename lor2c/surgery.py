@@ -33,7 +33,7 @@ from .sfs import DIVERGED
 from .sfs import score as score_of
 from .tuner import LoR2CModel
 
-# %% ../nbs/api/20_surgery.ipynb #279b63fa
+# %% ../nbs/api/20_surgery.ipynb #bf5cc855
 def tuner_of(
     model: nn.Module,  # a PEFT model, its LoR2C tuner, or either of them compiled or inside DistributedDataParallel
 ) -> LoR2CModel:
@@ -52,7 +52,7 @@ def tuner_of(
         f"a LoR2C model is needed, as get_peft_model(model, LoR2CConfig(...)) makes it; found {type(model).__name__}"
     )
 
-
+# %% ../nbs/api/20_surgery.ipynb #f990b82e
 NOT_HERE = {
     "DataParallel": "nn.DataParallel copies the model at every step; start one process per GPU with torchrun",
     "FullyShardedDataParallel": "FSDP 1 flattens parameters, so none can come or go; use FSDP 2 (fully_shard)",
@@ -68,7 +68,7 @@ def refuse(wrapper: Any) -> None:
         if kind.__name__ in NOT_HERE:
             raise TypeError(f"the structure cannot change under {kind.__name__}: {NOT_HERE[kind.__name__]}")
 
-# %% ../nbs/api/20_surgery.ipynb #ae11cc49
+# %% ../nbs/api/20_surgery.ipynb #20222af8
 def full(tensor: Tensor) -> Tensor:
     "The whole of a tensor that may be sharded over processes."
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
@@ -94,7 +94,7 @@ def spectra(
         raise ValueError(DIVERGED) from error
     return dict(zip(starts, values, strict=True))
 
-
+# %% ../nbs/api/20_surgery.ipynb #6254ff01
 def scores_of(
     model: nn.Module,
     how: str = "sfs",  # or "mean"
@@ -105,7 +105,7 @@ def scores_of(
     values = spectra(model, adapter_name)
     return dict(zip(values, score_of(torch.stack(list(values.values())), how, k), strict=True)) if values else {}
 
-# %% ../nbs/api/20_surgery.ipynb #1e9ad93f
+# %% ../nbs/api/20_surgery.ipynb #ba4d0cbf
 def inner_optimizer(optimizer: Any) -> Optimizer:
     "The torch optimizer inside accelerate's wrapper. Raises TypeError for what is none."
     refuse(optimizer)
@@ -117,7 +117,7 @@ def inner_optimizer(optimizer: Any) -> Optimizer:
         raise TypeError(f"a torch.optim.Optimizer is needed, found {type(optimizer).__name__}")
     return optimizer
 
-
+# %% ../nbs/api/20_surgery.ipynb #11a76b73
 def sync_optimizer(
     optimizer: Any,  # torch's, or accelerate's around it
     model: nn.Module,
@@ -154,7 +154,7 @@ def is_moment(value: Any) -> bool:
     "Whether an entry of an optimizer's state belongs on the parameter's device: a step counter does not."
     return isinstance(value, Tensor) and value.dim() > 0
 
-# %% ../nbs/api/20_surgery.ipynb #e27d859c
+# %% ../nbs/api/20_surgery.ipynb #0a98da7f
 KEEP = ("more_information", "first", "second")
 
 
@@ -168,7 +168,7 @@ class Change:
     layout: Layout  # from now on
     parameters: tuple[int, int]  # of the adapter, before and after
 
-
+# %% ../nbs/api/20_surgery.ipynb #05d5f1d0
 def merge_modules(
     model: nn.Module,  # a PEFT model with LoR2C; also inside DistributedDataParallel
     first: int,  # layer where the lower residual begins
@@ -181,7 +181,7 @@ def merge_modules(
 ) -> Change:
     """Make two neighbouring residuals one that spans both: it reads where the first did and adds where the second did.
 
-    The kept pair is the very same parameters, so its optimizer state goes with it. Raises ValueError, before anything
+    `first` and `second` are the layers, counted from 0, in which they begin. The kept pair is the very same parameters, so its optimizer state goes with it. Raises ValueError, before anything
     has changed, where the two are no neighbours or `keep` is unknown. Source: LoR2C section III-D.
     """
     tuner = tuner_of(model)
@@ -199,7 +199,7 @@ def merge_modules(
     counts = operate(model, optimizer, name, after, {new: source})
     return Change("merge", new, f"{kept} [{source[0]}..{source[1]}]", after, counts)
 
-
+# %% ../nbs/api/20_surgery.ipynb #6ae3971c
 def inject_lora(
     model: nn.Module,
     layer_idx: int,  # layer whose residual is replaced
@@ -210,8 +210,9 @@ def inject_lora(
 ) -> Change:
     """Replace the residual around a layer by LoRA on that layer's q and v, B zero.
 
-    Raises ValueError, before anything has changed, where the residual is merged or the layer has no q and v.
-    Source: LoR2C section III-D, Fig. 5; the rank is half of the residual's so that the count stays.
+    A (r, d_in), B (d_out, r); r is half of the residual's if None, so that the count of parameters stays. Raises
+    ValueError, before anything has changed, where the residual is merged or the layer has no q and v.
+    Source: LoR2C section III-D, Fig. 5.
     """
     tuner = tuner_of(model)
     name = adapter_name or tuner.active_adapters[0]
@@ -221,7 +222,7 @@ def inject_lora(
     counts = operate(model, optimizer, name, after)
     return Change("inject", (layer_idx, layer_idx), f"LoRA of rank {r}, alpha {alpha:g}", after, counts)
 
-# %% ../nbs/api/20_surgery.ipynb #7c205fcc
+# %% ../nbs/api/20_surgery.ipynb #1f4ae3bc
 def operate(
     model: nn.Module,
     optimizer: Any,
@@ -254,7 +255,7 @@ def operate(
         torch.compiler.reset()  # compiled code does not look for hooks that have come or gone
     return before, size(tuner, name)
 
-
+# %% ../nbs/api/20_surgery.ipynb #0d902bce
 def by_host(model: nn.Module, name: str) -> dict[tuple[int, str], list[nn.Parameter]]:
     "(layer, 'A' or 'B') -> an adapter's parameters there: where a residual ends, or LoRA was injected."
     found = {
@@ -288,7 +289,7 @@ def check_optimizer(optimizer: Any, model: nn.Module, name: str) -> None:
             "structure or to another model. Make a new one (in a Trainer: trainer.optimizer = None before train())"
         )
 
-# %% ../nbs/api/20_surgery.ipynb #ddb9cc28
+# %% ../nbs/api/20_surgery.ipynb #7e85db77
 def data_parallel(model: nn.Module, tuner: LoR2CModel) -> list[DistributedDataParallel]:
     """The DistributedDataParallel around a tuner: `model` itself, or the one that a Trainer keeps to itself.
 
@@ -319,7 +320,7 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
         wrapper.register_comm_hook(state, reduce)
     wrapper.train(training)
 
-
+# %% ../nbs/api/20_surgery.ipynb #f38c5b56
 def reshard(model: nn.Module) -> None:
     "Put FSDP 2's sharded parameters back in their places, where an evaluation has left gathered ones."
     for module in model.modules():
@@ -354,7 +355,7 @@ def shard_residuals(
                     dist.broadcast(p.data, src=0)  # each process drew its own
                 fully_shard(part, **how)
 
-
+# %% ../nbs/api/20_surgery.ipynb #ee5d63d4
 def is_sharded(tuner: LoR2CModel) -> bool:
     "Whether `shard_residuals` has been here."
     return hasattr(tuner, "sharding")

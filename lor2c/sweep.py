@@ -27,7 +27,7 @@ from .run import Run, run_task
 from .stack import find_layers
 from .train import MAY_DIFFER, claim, prepare
 
-# %% ../nbs/api/36_sweep.ipynb #6e21a724
+# %% ../nbs/api/36_sweep.ipynb #6c3dca4f
 def cells(
     base: Run,  # of method imlor2c; its own limits do not count
     merges: Sequence[int],  # values of M_max, such as range(7)
@@ -48,7 +48,7 @@ def cells(
         raise ValueError(f"no cell can be reached: {unreachable(merges, injections, layers)}")
     return [replace(base, max_merges=m, max_injections=i) for m, i in pairs]
 
-
+# %% ../nbs/api/36_sweep.ipynb #134eda7a
 def check_counts(name: str, counts: Sequence[int]) -> None:
     "ValueError unless counts are different whole numbers of at least 0, and one or more."
     wrong = [n for n in counts if isinstance(n, bool) or not isinstance(n, int) or n < 0]
@@ -80,7 +80,7 @@ def depth_of(run: Run) -> int:
     model, *_ = load_classifier(run.model, run_task(run).labels)
     return len(find_layers(model)[1])
 
-# %% ../nbs/api/36_sweep.ipynb #727e4922
+# %% ../nbs/api/36_sweep.ipynb #353afd8c
 @dataclass
 class Grid:
     "A sweep that is ready to start."
@@ -102,7 +102,7 @@ class Grid:
         own = {"max_merges", "max_injections"}
         return {name: value for name, value in dataclasses.asdict(self.base).items() if name not in own}
 
-
+# %% ../nbs/api/36_sweep.ipynb #7dcfe96e
 def prepare_sweep(
     base: Run,
     merges: Sequence[int],
@@ -125,7 +125,7 @@ def prepare_sweep(
         prepare(hardest, folder_of(grid, hardest), resume=True)
     return grid
 
-
+# %% ../nbs/api/36_sweep.ipynb #af10182a
 def limits(run: Run) -> tuple[int, int]:
     "M_max and I_max."
     return run.max_merges, run.max_injections
@@ -151,7 +151,7 @@ def check_folder(grid: Grid) -> None:
     if other := sorted(f"{name} was {was!r}, now {now!r}" for name, (was, now) in pairs.items() if was != now):
         raise ValueError(f"{grid.folder} belongs to another sweep: {'; '.join(other)}. Name another --output-dir")
 
-# %% ../nbs/api/36_sweep.ipynb #9456affc
+# %% ../nbs/api/36_sweep.ipynb #3559da61
 def write_grid(grid: Grid) -> None:
     "grid.json and, once there is a record, grid.png."
     records = list(grid.records.values())
@@ -166,7 +166,7 @@ def write_grid(grid: Grid) -> None:
     if records:
         save_picture(plot_grid(records, grid.merges, grid.injections), grid.folder / "grid.png")
 
-
+# %% ../nbs/api/36_sweep.ipynb #7f187138
 def summary_of(record: dict[str, Any]) -> dict[str, Any]:
     "A cell in grid.json."
     made = dict(zip(("merges", "injections"), moves_of(record), strict=True))
@@ -194,7 +194,7 @@ def describe_cell(record: dict[str, Any]) -> str:
     before = f", before {len(later)} of its moves" if later else ""
     return f"{cell_name(limits_of(record))}  {score}{before}, {record['adapter_parameters']:,} adapter parameters{made}"
 
-# %% ../nbs/api/36_sweep.ipynb #819a3380
+# %% ../nbs/api/36_sweep.ipynb #b1cefdd6
 def carry_out_sweep(
     grid: Grid,
     jobs: int = 1,  # cells at a time
@@ -220,7 +220,7 @@ def carry_out_sweep(
         raise failures({cell_name(cell): error for cell, error in grid.failed.items()}, len(runs), "cells")
     return [grid.records[limits(run)] for run in runs]
 
-
+# %% ../nbs/api/36_sweep.ipynb #449c119b
 def sweep(
     base: Run,  # of method imlor2c
     merges: Sequence[int],  # values of M_max

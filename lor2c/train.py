@@ -55,7 +55,7 @@ from .disk import save_whole, write_json
 from .rm_lora import RMLoRACallback
 from .run import CHANGING, Run, build_model, count_parameters, load_data, one_of, run_task, validation_splits
 
-# %% ../nbs/api/33_train.ipynb #cc209be7
+# %% ../nbs/api/33_train.ipynb #10d541ff
 class Progress(TrainerCallback, ExportableState):
     "A bar on a terminal, the expected time after ten steps, a line per evaluation; adds up the seconds over resumed runs."
 
@@ -65,6 +65,7 @@ class Progress(TrainerCallback, ExportableState):
         self.tokens = 0  # in the same steps, of all processes
 
     def state(self) -> dict[str, Any]:
+        "What a Trainer writes into its checkpoints: the seconds so far."
         self._count()
         return {"args": {"seconds": self.seconds, "advise": self.advise}, "attributes": {}}
 
@@ -141,7 +142,7 @@ class Progress(TrainerCallback, ExportableState):
         self._count()
         self.bar.close()
 
-
+# %% ../nbs/api/33_train.ipynb #d9b248ca
 def history_of(state: transformers.TrainerState, callback: str = "IMCallback") -> list[dict[str, Any]]:
     "What `IMCallback` or `RMLoRACallback` has written into a Trainer's state; empty without it."
     return state.stateful_callbacks.get(callback, {}).get("attributes", {}).get("history", [])
@@ -176,7 +177,7 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s" if minutes else f"{s} s"
 
-# %% ../nbs/api/33_train.ipynb #9732e1ee
+# %% ../nbs/api/33_train.ipynb #439c1e9d
 def check_device(run: Run) -> None:
     "ValueError where the device of a run is not there, or would not do its precision."
     one_of("device", run.device, ("auto", "cpu", "cuda", "mps"))
@@ -191,7 +192,7 @@ def check_device(run: Run) -> None:
             "wrong afterwards; use 8bit or torchao-int8, or a GPU"
         )
 
-
+# %% ../nbs/api/33_train.ipynb #7a81d6b2
 def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
     "A run in Trainer's words: evaluate and save each epoch or quarter, end with the best."
     check_device(run)
@@ -250,7 +251,7 @@ def micro_batches(run: Run) -> tuple[int, int]:
         )
     return micro, int(share // micro)
 
-# %% ../nbs/api/33_train.ipynb #22c0386a
+# %% ../nbs/api/33_train.ipynb #b07fbb38
 class ByLength(LengthGroupedSampler):
     "Rows of similar length together, in an order that follows from seed and epoch, whatever else draws random numbers."
 
@@ -260,6 +261,7 @@ class ByLength(LengthGroupedSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        "Begin this epoch's order."
         self.generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
 
 
@@ -369,7 +371,7 @@ def rows_of(job: Job) -> dict[str, Any]:
     "How many rows of instruction data were used, and the numbers of those that could not be."
     return {**{split: len(rows) for split, rows in job.data.items()}, "left_out": job.left_out}
 
-# %% ../nbs/api/33_train.ipynb #568f4a21
+# %% ../nbs/api/33_train.ipynb #7b6c5588
 MAY_DIFFER = {"device", "report_to", "micro_batch_size"}  # where a run computes and reports, how much at a time
 
 
@@ -391,7 +393,7 @@ def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
         raise ValueError(f"the run in {folder} cannot be resumed with other settings: {'; '.join(sorted(other))}")
     return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else None
 
-
+# %% ../nbs/api/33_train.ipynb #8c21bbfc
 def read_started(file: Path) -> dict[str, Any]:
     "What a run was started with; a setting that there was not at the time had its default. ValueError for damage."
     try:
@@ -406,7 +408,7 @@ def as_started(run: Run) -> dict[str, Any]:
     "What a run has to be resumed with: its settings, and the number of processes that share its rows."
     return {**dataclasses.asdict(run), "processes": int(os.environ.get("WORLD_SIZE", "1"))}
 
-
+# %% ../nbs/api/33_train.ipynb #05d01b8a
 def check_free(folder: Path) -> None:
     "ValueError where a folder cannot be made, or holds files that a run would replace."
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -424,7 +426,7 @@ def check_report_to(name: str) -> None:
     if name not in installed:
         raise ValueError(f"cannot report to {name!r}: choose one of {', '.join(installed)}, or install it")
 
-
+# %% ../nbs/api/33_train.ipynb #f69d2de0
 def prepare(
     run: Run,
     output_dir: str | Path,
@@ -451,7 +453,7 @@ def prepare(
     constant = {} if task.generative else baseline(task, data["train"]["labels"], data[first]["labels"])
     return Job(run, folder, None, model, tokenizer, data, args, best, constant, left_out, digest)
 
-
+# %% ../nbs/api/33_train.ipynb #1c189b49
 def check_rows(run: Run, folder: Path) -> str:
     "A digest of the instructions. ValueError where there are too few, or the run in the folder began with others."
     found = load_instructions(run.data_dir)
@@ -467,9 +469,11 @@ def check_tokens(model: nn.Module, data: datasets.DatasetDict) -> None:
     "ValueError where rows have tokens that the model does not know."
     largest = max(max(ids) for rows in data.values() for ids in rows["input_ids"])
     if largest >= (known := model.get_input_embeddings().num_embeddings):
-        raise ValueError(f"the tokenizer gives token {largest}, and the model knows {known}: they do not belong together")
+        raise ValueError(
+            f"the tokenizer gives token {largest}, and the model knows {known}: they do not belong together"
+        )
 
-
+# %% ../nbs/api/33_train.ipynb #b9e349cb
 def callbacks_of(run: Run) -> list[transformers.TrainerCallback]:
     "A run's callbacks; what is the method's comes first, so that the last one sees what it did."
     own: list[transformers.TrainerCallback] = []
@@ -520,7 +524,7 @@ def scored_by_loss(job: Job) -> dict[str, Any]:
         compute_metrics=lambda out: held_out_loss(out.predictions),
     )
 
-
+# %% ../nbs/api/33_train.ipynb #db493017
 def carry_out(
     job: Job,
 ) -> dict[str, Any]:  # the record, as in record.json
@@ -552,7 +556,7 @@ def carry_out(
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return record
 
-
+# %% ../nbs/api/33_train.ipynb #c14c63b8
 def fit(trainer: Trainer, checkpoint: Path | None) -> None:
     "Train. MemoryError, with what to try, where the memory does not suffice."
     try:
@@ -592,7 +596,7 @@ def announce(job: Job, checkpoint: Path | None) -> None:
         why = "adalora cannot go on" if run.method == "adalora" else "no checkpoint is whole"
         print(f"{why}: from the start", flush=True)
 
-
+# %% ../nbs/api/33_train.ipynb #a56c8752
 def train(
     run: Run,
     output_dir: str | Path,

@@ -8,11 +8,12 @@ __all__ = ['RESIDUAL', 'INJECTED', 'LoR2CModel', 'tie_shared', 'check_fit', 'ref
            'take_out', 'pair_for', 'tensors_by_layer', 'injections_by_module', 'layout_in', 'expected_keys',
            'check_keys', 'same']
 
-# %% ../nbs/api/16_tuner.ipynb #dc06f271
+# %% ../nbs/api/16_tuner.ipynb #4b828638
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .residual import CANNOT_FOLD, LoR2CLayer, attach, pairs_of, remove_unused, 
 from .share import shared_A, tie, with_copies, without_copies
 from .stack import find_layers, stream_width
 
-# %% ../nbs/api/16_tuner.ipynb #49d61668
+# %% ../nbs/api/16_tuner.ipynb #b5fedee8
 class LoR2CModel(BaseTuner):
     """The LoR2C tuner, as `get_peft_model(model, LoR2CConfig(...))` makes it.
 
@@ -43,6 +44,7 @@ class LoR2CModel(BaseTuner):
         self.register_load_state_dict_post_hook(tie_shared)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        "Put an adapter on the model. Raises ValueError, before anything has changed, where it does not fit."
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])  # moves change it: not the caller's
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -68,7 +70,7 @@ class LoR2CModel(BaseTuner):
             add_residual(self.model, parent, wanted, width, name, config, like)
 
     def layout(self, adapter_name: str = "default") -> Layout:
-        "The structure of an adapter as it is now."
+        "The structure of an adapter as it is now. ValueError where there is no such adapter."
         return layout_of(self.model, adapter_name)
 
     def set_layout(
@@ -79,6 +81,7 @@ class LoR2CModel(BaseTuner):
         set_layout(self.model, self.peft_config[adapter_name], adapter_name, layout, moved)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        "Take an adapter out, with its hooks and the LoRA that it injected."
         before = self.active_adapters
         super().delete_adapter(adapter_name)
         remove_unused(self.model)
@@ -88,6 +91,12 @@ class LoR2CModel(BaseTuner):
             for module in self.model.modules():
                 if isinstance(module, self.tuner_layer_cls):
                     module.set_adapter(self.active_adapters, inference_mode=frozen)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT would run all rows with the active adapter
+            raise ValueError("adapter_names is not possible with LoR2C: run one adapter at a time, set_adapter(...)")
+        yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
@@ -132,7 +141,7 @@ def tie_shared(tuner: LoR2CModel, _: Any) -> None:
         if config.share:
             tie(tuner.model, name)
 
-# %% ../nbs/api/16_tuner.ipynb #096c31ae
+# %% ../nbs/api/16_tuner.ipynb #2f2859ec
 def check_fit(model: nn.Module, layers: nn.ModuleList, layout: Layout, config: LoR2CConfig) -> None:
     "ValueError where a layout cannot be put on a model: another depth, layers that are skipped, no q and v."
     if layout.depth != len(layers):
@@ -157,7 +166,7 @@ def layerdrop(model: nn.Module) -> float:
     config = getattr(model, "config", None)
     return max(getattr(config, f"{part}layerdrop", 0) or 0 for part in ("", "encoder_", "decoder_"))
 
-
+# %% ../nbs/api/16_tuner.ipynb #abc2d494
 def first_floating(layer: nn.Module) -> Tensor:
     "A parameter to take device and dtype from: the first one that is neither quantised nor an adapter's."
     own = (
@@ -189,7 +198,7 @@ def add_residual(
     attach(layers, host.lor2c)
     return host.lor2c.train(host.training)
 
-
+# %% ../nbs/api/16_tuner.ipynb #b28ca5f9
 def switches(model: nn.Module) -> tuple[Any, bool] | None:
     "Which adapters are active and whether all are off, as the model's modules have it; None without adapters."
     peers = (m for m in model.modules() if isinstance(m, (LoR2CLayer, LoraLayer)))
@@ -221,7 +230,7 @@ def warn_of_frozen_head(model: nn.Module, config: LoR2CConfig) -> None:
         stacklevel=2,
     )
 
-# %% ../nbs/api/16_tuner.ipynb #d4ad915b
+# %% ../nbs/api/16_tuner.ipynb #1932ab6e
 def layout_of(
     model: nn.Module,  # a base model with adapters, or a PEFT model
     adapter_name: str = "default",
@@ -235,7 +244,7 @@ def layout_of(
         raise ValueError(f"the model has no LoR2C adapter {adapter_name!r}: make one with get_peft_model")
     return Layout(depths.pop(), tuple((a, b) for a, b, _ in found), tuple({one for one, _ in read}))
 
-
+# %% ../nbs/api/16_tuner.ipynb #7f543bcf
 def set_layout(
     model: nn.Module,  # the base model
     config: LoR2CConfig,
@@ -273,7 +282,7 @@ def set_layout(
     inject(one for one in fresh if one.layer in taken)
     config.take_layout(wanted)
 
-
+# %% ../nbs/api/16_tuner.ipynb #f4313c88
 def trained_as(model: nn.Module, name: str) -> tuple[torch.dtype, bool]:
     "The type of an adapter's parameters, and whether any of them is trained."
     found = [p for pair in pairs_of(model, name).values() for p in pair]
@@ -309,7 +318,7 @@ def pair_for(
     )
     return tuple(kept)
 
-# %% ../nbs/api/16_tuner.ipynb #4eb983dc
+# %% ../nbs/api/16_tuner.ipynb #134ef063
 RESIDUAL = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>A|B|span)")
 INJECTED = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lor2c_injected")
 
@@ -339,7 +348,7 @@ def injections_by_module(state_dict: dict[str, Tensor]) -> dict[str, tuple[Injec
                 raise ValueError(f"the checkpoint is damaged: {part} of {module} is missing")
     return found
 
-
+# %% ../nbs/api/16_tuner.ipynb #97353afd
 def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConfig) -> Layout:
     "The structure that a checkpoint's tensors describe. Raises ValueError where it does not fit the model."
     path, layers = find_layers(model, config.layers)
@@ -362,7 +371,7 @@ def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConf
     check_keys(state_dict, expected_keys(layout, model, config))
     return layout
 
-
+# %% ../nbs/api/16_tuner.ipynb #a8317931
 def expected_keys(layout: Layout, model: nn.Module, config: LoR2CConfig) -> set[str]:
     "The names of all tensors of a structure, as a checkpoint has them; the A of all under each, where it is shared."
     path, layers = find_layers(model, config.layers)

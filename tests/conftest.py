@@ -62,6 +62,7 @@ def glue_data(tmp_path_factory) -> Path:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, a file goes to one of them, for its fixtures are costly; notebooks one by one."""
+    items.sort(key=lambda item: "[tutorials/" not in item.nodeid)  # the longest notebooks begin first
     for item in items:
         if item.path.stem != "test_notebooks":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))

@@ -288,6 +288,10 @@ def test_resuming_what_does_not_fit_is_refused_and_changes_no_file(tmp_path):
         ValueError, match="cannot be resumed with other settings of IMCallback: max_merges was 1, now 2"
     ):
         resume(IMCallback(2, 1))
+    with pytest.raises(
+        RuntimeError, match="a decision of step 6, merge, that this training has not: .* rows of a batch"
+    ):
+        resume(IMCallback(1, 1), per_device_train_batch_size=6)
     with pytest.raises(ValueError, match="the adapter does not fit: it has a depth of 6, this model has 4"):
         resume(IMCallback(1, 1), model_of(4))
     with pytest.raises(ValueError, match="rank 4, this model has 2"):

@@ -28,6 +28,16 @@ NEEDS = {
 }
 
 
+# Pages that only show what records hold: what they store is what they print.
+SHOW_RECORDS = ("nbs/index.ipynb", "nbs/results/")
+
+
+def printed(nb: nbformat.NotebookNode) -> list[str]:
+    """What the code cells put out as text or tables, warnings apart."""
+    outs = [out for cell in nb.cells if cell.cell_type == "code" for out in cell.outputs if out.get("name") != "stderr"]
+    return [out.get("text") or out.get("data", {}).get("text/markdown", "") for out in outs]
+
+
 def is_there(folder: str, variable: str) -> bool:
     """Whether data are where the notebooks look for them."""
     return variable in os.environ or any((p / "shared/data" / folder).is_dir() for p in ROOT.parents)
@@ -39,6 +49,7 @@ def test_notebook(path: Path) -> None:
         pytest.skip(f"needs data: set {needed[1]} to a folder such as {needed[0]}, see the page")
     nb = nbformat.read(ROOT / path, as_version=4)
     nb.cells = [cell for cell in nb.cells if cell.cell_type != "code" or wanted(cell)]
+    stored = printed(nb)
     folder = {"metadata": {"path": ROOT / path.parent}}
     client = NotebookClient(nb, timeout=None, kernel_name="python3", resources=folder)
     failure = ""
@@ -48,3 +59,5 @@ def test_notebook(path: Path) -> None:
         failure = ANSI.sub("", str(error))  # the cell's source, then its error
     if failure:
         pytest.fail(f"{path}: {failure}", pytrace=False)
+    if path.as_posix().startswith(SHOW_RECORDS):
+        assert printed(nb) == stored, "its outputs are not what it prints now: run it and save it"

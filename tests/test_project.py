@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import zipfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -155,11 +154,110 @@ def test_functions_are_short() -> None:
     assert median(length.values()) <= 9
 
 
+# Public names: functions and classes that a module exports without a leading underscore, and those classes' methods
+
+EXPORT, SILENT = re.compile(r"^#\| *exports?\b", re.M), re.compile(r"^#\| *(exports?|eval: *false)\b", re.M)
+CHECK = re.compile(r"^ *(assert|raise AssertionError)\b|\b(assert_close|gradcheck|raises|refused)\(", re.M)
+TREES = {path.stem: ast.parse(path.read_text("utf-8")) for path in MODULES}
+
+
+def public(tree: ast.AST) -> list[ast.FunctionDef | ast.ClassDef]:
+    return [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+
+
 @each_module
 def test_public_names_have_docstrings(path: Path) -> None:
-    tree = ast.parse(path.read_text("utf-8"))
-    public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
-    assert [n.name for n in public if not ast.get_docstring(n)] == []
+    """Of three words or more; methods that torch or a Trainer calls, `forward` and `on_...`, have their base's."""
+    names = [(n.name, n) for n in public(TREES[path.stem])]
+    classes = [node for _, node in names if isinstance(node, ast.ClassDef)]
+    names += [(f"{c.name}.{n.name}", n) for c in classes for n in public(c) if not re.match("on_|forward$", n.name)]
+    assert [name for name, node in names if len((ast.get_docstring(node) or "").split()) < 3] == []
+
+
+@each_api
+def test_public_names_have_prose(path: Path) -> None:
+    """A cell that exports public names has prose of its own: some stands between it and the one that exports before it."""
+    lacking, prose = [], True
+    for cell in json.loads((ROOT / path).read_text("utf-8"))["cells"]:
+        prose = prose or cell["cell_type"] == "markdown"
+        if cell["cell_type"] == "code" and EXPORT.search(text := source(cell)) and (names := public(ast.parse(text))):
+            lacking += [] if prose else [node.name for node in names]
+            prose = False
+    assert not lacking, f"no prose above the cell that says what these are for: {', '.join(lacking)}"
+
+
+def known(tree: ast.AST) -> dict[str, str]:
+    """What code imports from lor2c: name here -> full name."""
+    found = {"lor2c": "lor2c"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "lor2c"):
+            module = f"lor2c.{node.module}" if node.level else node.module
+            found |= {one.asname or one.name: f"{module}.{one.name}" for one in node.names}
+    return found
+
+
+def used(tree: ast.AST, names: dict[str, str]) -> set[str]:
+    """Full names of what code uses of lor2c; a name that it assigns is its own."""
+    nodes = list(ast.walk(tree))
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    found = {names[n.id] for n in nodes if isinstance(n, ast.Name) and n.id in names and n.id not in own}
+    dotted = [
+        n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in names
+    ]
+    return {HOME.get(one, one) for one in found | {f"{names[n.value.id]}.{n.attr}" for n in dotted}}
+
+
+HOME = {f"lor2c.{name}": full for name, full in known(TREES["__init__"]).items()}  # of what the package itself exports
+
+
+def pieces() -> Iterator[tuple[set[str], bool]]:
+    """What each running cell, and each function of a test, uses of lor2c, and whether something is checked there.
+
+    What a script of tests/workers finds is checked by the test that starts it.
+    """
+    modules = {
+        path: re.search(r"#\| *default_exp (\S+)", "\n".join(map(source, cells(path, "code"))))[1] for path in API
+    }
+    for path in notebooks():
+        code = [re.sub(r"^[%!].*$", "", source(cell), flags=re.M) for cell in cells(path, "code")]
+        own = (
+            {n.name: f"lor2c.{modules[path]}.{n.name}" for n in public(TREES[modules[path]])} if path in modules else {}
+        )
+        names = known(ast.parse("\n".join(code))) | own
+        yield from (
+            (used(ast.parse(text), names), bool(CHECK.search(text))) for text in code if not SILENT.search(text)
+        )
+    for path in (ROOT / "tests").rglob("*.py"):
+        tree, lines = ast.parse(text := path.read_text("utf-8")), text.splitlines()
+        names = known(tree)
+        for node in (node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)):
+            text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            yield used(node, names), path.parent.name == "workers" or bool(CHECK.search(text))
+
+
+def test_public_names_are_asserted() -> None:
+    """A name that anything outside its module uses, or a cell of its page shows, stands in a cell or test that checks.
+
+    A part of its module that nothing else uses may be checked through such a name, which calls it.
+    """
+    found = list(pieces())
+    asserted = set().union(*(names for names, checks in found if checks))
+    outside = set().union(*(names for names, _ in found), *(set(known(tree).values()) for tree in TREES.values()))
+    lacking = {}
+    for module, tree in TREES.items():
+        calls: dict[str, set[str]] = {}  # what each function, class and constant of the module mentions
+        for node in tree.body:
+            own = [node.name] if hasattr(node, "name") else [t.id for t in ast.walk(node) if isinstance(t, ast.Name)]
+            calls |= {name: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} for name in own[:1]}
+        reached = {name for name in calls if f"lor2c.{module}.{name}" in asserted}
+        while more := {name for one in reached for name in calls[one] & calls.keys()} - reached:
+            reached |= more
+        for name in (n.name for n in public(tree)):
+            full = f"lor2c.{module}.{name}".replace(".__init__", "")
+            if full not in asserted and (full in outside or name not in reached):
+                lacking[full] = "used elsewhere or shown" if full in outside else "called by nothing that is asserted"
+    shown = ", ".join(f"{name} ({why})" for name, why in lacking.items())
+    assert not lacking, f"no assertion, in a cell of its page or in a test, on what these do: {shown}"
 
 
 # The package
@@ -167,17 +265,19 @@ def test_public_names_have_docstrings(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built wheel, unpacked: what `pip install` puts on a machine."""
+    """The built wheel, installed by pip into a folder of its own; what it requires is this environment's."""
     tmp = tmp_path_factory.mktemp("wheel")
     run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp, cwd=copy_repository(tmp / "source"))
     [wheel] = tmp.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp / "installed")
+    run("python", "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp / "installed", wheel, cwd=tmp)
     return tmp / "installed"
 
 
 def test_wheel_holds_the_library_and_nothing_else(installed: Path) -> None:
-    assert [p.name for p in installed.iterdir() if p.suffix != ".dist-info"] == ["lor2c"]
-    assert {p.name for p in (installed / "lor2c").iterdir()} == {m.name for m in MODULES} | {"_modidx.py", "py.typed"}
+    assert sorted(p.name for p in installed.iterdir() if p.suffix != ".dist-info") == ["bin", "lor2c"]
+    assert [p.name for p in (installed / "bin").iterdir()] == ["lor2c"]
+    files = {p.name for p in (installed / "lor2c").iterdir() if p.name != "__pycache__"}
+    assert files == {m.name for m in MODULES} | {"_modidx.py", "py.typed"}
 
 
 def test_wheel_metadata(installed: Path) -> None:
@@ -188,9 +288,40 @@ def test_wheel_metadata(installed: Path) -> None:
     assert "lor2c = lor2c.cli:main" in metadata.with_name("entry_points.txt").read_text("utf-8")
 
 
-def test_library_needs_no_notebook_tools(installed: Path) -> None:
-    """Every module of the wheel imports where nbdev, fastcore and IPython are not installed."""
+READ = """
+import argparse, os, pydoc, sys
+sys.modules |= dict.fromkeys(ABSENT)
+import MODULES
+print(lor2c.__file__, pydoc.render_doc(lor2c.LoR2CConfig, renderer=pydoc.plaintext), sep="\\f", end="\\f")
+os.environ["COLUMNS"] = "80"
+parser = lor2c.flags.make_parser()
+[commands] = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+print(parser.format_help(), *(c.format_help() for c in commands.values()), sep="\\n", end="\\f")
+print(*(f"{name}: {a.option_strings}" for name, c in commands.items() for a in c._actions if len(a.help.split("(")[0]) < 4))
+"""
+
+
+@pytest.fixture(scope="module")
+def read(installed: Path) -> list[str]:
+    """What a user of the wheel reads, where nbdev, fastcore and IPython are not installed: where it is, two helps, gaps."""
     names = ", ".join(f"lor2c.{m.stem}" for m in MODULES if m.stem != "__init__")
     absent = "nbdev", "fastcore", "execnb", "IPython", "ipykernel", "nbformat"
-    code = f"import sys; sys.modules |= dict.fromkeys({absent}); import {names}; print(lor2c.__file__)"
-    assert run("python", "-c", code, cwd=installed).strip() == str(installed / "lor2c/__init__.py")
+    code = READ.replace("ABSENT", repr(absent)).replace("MODULES", names)
+    return run("python", "-c", code, cwd=installed).split("\f")
+
+
+def test_library_needs_no_notebook_tools(installed: Path, read: list[str]) -> None:
+    assert read[0] == str(installed / "lor2c/__init__.py")
+
+
+def test_help_tells_what_a_user_needs(read: list[str]) -> None:
+    """Shapes, errors, source, and what each argument means."""
+    parts = "A (r, d), B (d, r)", "Raises TypeError", "ValueError", "Source: LoR2C", "r = 8: rank of every residual"
+    assert [part for part in parts if part not in read[1]] == []
+
+
+def test_help_of_the_command_line(read: list[str]) -> None:
+    """Every flag says what it is, in lines that fit a terminal of 80 columns and break no name at a hyphen."""
+    assert read[2].count("usage: lor2c ") == 9
+    assert [line for line in read[2].splitlines() if len(line) > 80 or re.search(r"\w-$", line)] == []
+    assert read[3].strip() == ""

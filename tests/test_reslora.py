@@ -145,6 +145,7 @@ def test_written_out(family, shortcut, m):
 
 def test_no_previous_blocks_is_lora():
     """pre_num=0 (Table 4) gives PEFT's LoRA, and the three shortcuts then agree."""
+    # checks: ResLoRA Eq. 1
     from peft import LoraConfig
 
     b = batch("Llama")
@@ -551,6 +552,7 @@ def sentences():
 @pytest.mark.parametrize("m", [1, 4, -1])
 def test_block_shortcuts_fold_exactly(m, tmp_path):
     """Eq. 5, on a pretrained encoder: put on, saved and loaded by PEFT alone, and merged."""
+    # checks: ResLoRA Eq. 5
     (base, weights), b = minilm(), sentences()
     settings = dict(r=2, alpha=6, shortcut="block", pre_num=m, task_type="SEQ_CLS")
     model = fill(get_peft_model(base, lor2c.ResLoRAConfig(**settings)), std=0.1)
@@ -622,6 +624,7 @@ def recorded(model, name, batches):
 @pytest.mark.parametrize("shortcut", READING)
 def test_folding_from_inputs(shortcut, m, tmp_path):
     """Eq. 9 and 12 written out from recorded inputs; the window is the last three of four batches, and is saved."""
+    # checks: ResLoRA Eq. 7, 8, 9, 12
     base, names = six_layers("Llama")
     weights = {n: p.clone() for n, p in base.named_parameters()}
     settings = dict(r=2, alpha=6, shortcut=shortcut, pre_num=m, window=3, task_type="CAUSAL_LM")
@@ -668,6 +671,7 @@ def check_error(model, folded, base):
 @pytest.mark.parametrize("m", [1, 3])
 def test_folding_from_weights(m, first):
     """Eq. 11 written out from the first layer on, without any data."""
+    # checks: ResLoRA Eq. 7, 10, 11
     base, names = six_layers("Llama")
     config = lor2c.ResLoRAConfig(r=2, alpha=6, shortcut="input", pre_num=m, first=first, task_type="CAUSAL_LM")
     model = fill(get_peft_model(base, config))
@@ -700,6 +704,7 @@ def test_folding_from_weights_on_conv1d(name):
 
 def test_folding_middles_by_norms_of_inputs():
     """Eq. 13: sums of A, weighted by f_{n-k} / f_n of the inputs."""
+    # checks: ResLoRA Eq. 13
     base, names = six_layers("Llama")
     config = lor2c.ResLoRAConfig(r=2, alpha=6, shortcut="middle", pre_num=2, task_type="CAUSAL_LM")
     model = fill(get_peft_model(base, config))

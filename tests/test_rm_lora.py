@@ -128,6 +128,7 @@ def test_values_and_gradients_are_eq_10(squared):
 @pytest.mark.parametrize("how", [{}, dict(squared=False), dict(squared=False, reduction="mean")], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_pair_gets_its_gradient_and_nothing_else_does(kind, how):
+    # checks: RM-LoRA Eq. 10
     model = spread(MODELS[kind]())
     pairs = low_rank_pairs(model)
     assert len(pairs) == COUNT[kind]
@@ -216,6 +217,7 @@ def two_layers():
 @pytest.mark.parametrize("share", [True, False])
 def test_five_steps_are_algorithm_1(share):
     """Its text, with plain SGD as in line 14, beside the hooks."""
+    # checks: RM-LoRA Algorithm 1
     rate, coefficient, seed, k = 0.05, 0.02, 5, 2
     g = torch.Generator().manual_seed(1)
     data = [

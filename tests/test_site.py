@@ -1,20 +1,23 @@
 """The rendered site, served on localhost and read in a browser."""
 
 import functools
+import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import copy_repository, notebooks, run
-from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from conftest import ROOT, copy_repository, notebooks, run
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -67,23 +70,30 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 
 class Page(HTMLParser):
-    """The links, anchors and title of a page."""
+    """The links, anchors and pictures of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.links: list[str] = []
+        self.sidebar: list[str] = []
+        self.neighbours: list[str] = []  # previous and next
+        self.pictures: list[dict[str, str | None]] = []
         self.anchors: set[str] = {"", "top"}
         self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
+        classes = (given.get("class") or "").split()
         self.anchors |= {v for k in ("id", "name") if (v := given.get(k))}
         self.links += [v for k in ("href", "src") if (v := given.get(k))]
+        self.sidebar += [given["href"]] if "sidebar-link" in classes and given.get("href") else []
+        self.neighbours += [given["href"]] if "pagination-link" in classes else []
+        self.pictures += [given] if tag == "img" else []
 
 
 @pytest.fixture(scope="module")
 def pages(site: Path) -> dict[Path, Page]:
-    return {path: Page(path) for path in site.rglob("*.html")}
+    return {path.resolve(): Page(path) for path in sorted(site.rglob("*.html"))}
 
 
 def internal(path: Path, link: str, site: Path) -> tuple[Path, str] | None:
@@ -94,6 +104,11 @@ def internal(path: Path, link: str, site: Path) -> tuple[Path, str] | None:
     base = site if url.path.startswith("/") else path.parent
     to = base / unquote(url.path).lstrip("/") if url.path else path
     return (to / "index.html" if to.is_dir() else to).resolve(), unquote(url.fragment)
+
+
+def page_of(notebook: Path) -> str:
+    """Where a notebook's page is in the site."""
+    return re.sub(r"/\d+_", "/", notebook.relative_to("nbs").with_suffix(".html").as_posix())
 
 
 def test_links_and_anchors_resolve(site: Path, pages: dict[Path, Page]) -> None:
@@ -107,16 +122,39 @@ def test_links_and_anchors_resolve(site: Path, pages: dict[Path, Page]) -> None:
     assert broken == []
 
 
-def test_home_leads_to_every_page(site: Path, pages: dict[Path, Page]) -> None:
-    home = site / "index.html"
-    linked = {target[0] for link in pages[home].links if (target := internal(home, link, site))}
-    alone = [str(p.relative_to(site)) for p in pages if p.resolve() not in linked]
-    assert alone == [], "add it to the sidebar in _quarto.yml"
-
-
 def test_every_notebook_has_its_page(site: Path, pages: dict[Path, Page]) -> None:
-    expected = {re.sub(r"\d+_", "", p.relative_to("nbs").with_suffix(".html").as_posix()) for p in notebooks()}
-    assert {p.relative_to(site).as_posix() for p in pages} == expected
+    assert {p.relative_to(site).as_posix() for p in pages} == {page_of(p) for p in notebooks()}
+
+
+def test_previous_and_next_follow_the_sidebar(site: Path, pages: dict[Path, Page]) -> None:
+    home = (site / "index.html").resolve()
+    order = [internal(home, link, site)[0] for link in pages[home].sidebar]
+    assert order[0] == home and len(order) == len(set(order))
+    left_out = [p.relative_to(site).as_posix() for p in pages if p not in order]
+    assert left_out == [], "add it to the sidebar in _quarto.yml"
+    for before, path, after in zip([None, *order], order, [*order[1:], None], strict=False):
+        leads = [internal(path, link, site)[0] for link in pages[path].neighbours]
+        assert leads == [p for p in (before, after) if p], path
+    api = [p.relative_to(site).as_posix() for p in order if p.parent.name == "api"]
+    assert api == [page_of(p) for p in notebooks() if p.parent.name == "api"]  # by their numbers
+
+
+def test_pages_open_in_colab(site: Path) -> None:
+    where = "https://colab.research.google.com/github/lor2c/lor2c/blob/main/"
+    for notebook in notebooks():
+        text = (site / page_of(notebook)).read_text("utf-8")
+        assert re.findall(rf'href="{where}([^"]*)"', text) == [notebook.as_posix()]
+        assert f"%cd lor2c/{notebook.parent.as_posix()}" in re.sub(r"<[^>]*>", "", text)
+
+
+def test_pictures_say_what_they_show(site: Path, pages: dict[Path, Page]) -> None:
+    silent = [
+        f"{path.relative_to(site)}: {(picture.get('src') or '')[:60]}"
+        for path, page in pages.items()
+        for picture in page.pictures
+        if len((picture.get("alt") or "").split()) < 4
+    ]
+    assert silent == [], "a cell that draws begins with `#| fig-alt: ...`"
 
 
 def test_equations_are_mathml(site: Path, pages: dict[Path, Page]) -> None:
@@ -128,21 +166,55 @@ def test_equations_are_mathml(site: Path, pages: dict[Path, Page]) -> None:
 
 def test_there_is_a_copy_for_language_models(site: Path, pages: dict[Path, Page]) -> None:
     index = (site / "llms.txt").read_text("utf-8")
-    assert index.startswith("# ")
-    assert len(re.findall(r"^- \[", index, re.M)) == len(pages)
+    assert index.startswith("# lor2c\n")
+    copies = re.findall(r"^- \[.+\]\(https://lor2c\.github\.io/lor2c/(\S+)\)", index, re.M)
+    assert {(site / c).resolve() for c in copies} == {p.with_suffix(".llms.md") for p in pages}
+    assert len(copies) == len(pages)
+
+
+LONGEST = 25  # lines; with prose above and below, they fit a phone's screen and a laptop's
+UNSEEN = re.compile(r"^\s*#\s*\|\s*(hide\b(?!_)|echo:\s*false|include:\s*false|exports?\b)", re.M)  # exports: see below
+
+
+def test_cells_are_seen_at_once() -> None:
+    long = []
+    for notebook in notebooks():
+        for cell in json.loads((ROOT / notebook).read_text("utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            lines = [line for line in source.splitlines() if not line.startswith("#|")]
+            if cell["cell_type"] == "code" and not UNSEEN.search(source) and len(lines) > LONGEST:
+                long.append(f"{notebook}: {len(lines)} lines from {lines[0]!r}")
+    assert long == [], "cut it in two, with a sentence between"
 
 
 # What a reader sees
 
 
-def visit(browser: Chrome, url: str, width: int = 1280, scheme: str = "light") -> None:
-    """Open a page at a width, for a reader who prefers light or dark."""
+def resize(browser: Chrome, width: int = 1280, scheme: str = "light") -> None:
+    """Give the page a width, and a reader who prefers light or dark."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 800}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     prefers = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [prefers]})
+
+
+def visit(browser: Chrome, url: str, width: int = 1280, scheme: str = "light") -> None:
+    resize(browser, width, scheme)
     browser.get(url)
-    WebDriverWait(browser, 20).until(lambda b: b.execute_script("return document.readyState") == "complete")
+    wait(browser, lambda b: b.execute_script("return document.readyState") == "complete")
+
+
+def wait(browser: Chrome, for_what: Callable[[Chrome], object], message: str = "") -> object:
+    return WebDriverWait(browser, 20, poll_frequency=0.05).until(for_what, message)
+
+
+def find(browser: Chrome, selector: str) -> WebElement:
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def settled(element: WebElement) -> bool:
+    """Whether a part of the page that opens is open."""
+    return element.is_displayed() and "collapsing" not in element.get_attribute("class")
 
 
 def luminance(browser: Chrome, selector: str, style: str) -> float:
@@ -152,69 +224,130 @@ def luminance(browser: Chrome, selector: str, style: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-# What sticks out on the right of a phone and is in no box that scrolls: a reader never gets to see it.
+# By what is wrong, what of it there is on a page as wide as a laptop's screen.
+WRONG = """
+const done = arguments[arguments.length - 1], all = (s) => [...document.querySelectorAll(s)];
+const start = (e) => e.outerHTML.slice(0, 100), flat = (e) => !e.getBoundingClientRect().height;
+document.fonts.ready.then((fonts) => done({
+    "fetched from elsewhere": performance.getEntriesByType("resource").map((r) => r.name)
+        .filter((n) => !n.startsWith(location.origin) && !n.startsWith("data:")),
+    "no picture": all("main img").filter((i) => !i.naturalWidth).map(start),
+    "no equation": all("main math").filter((m) => flat(m) && !m.closest("details:not([open])")).map(start),
+    "no font for equations": all("main math").length && ![...fonts].some((f) =>
+        f.family.includes("IBM Plex Math") && f.status === "loaded") ? ["IBM Plex Math"] : [],
+    "too long to be seen at once": all("main pre code").filter((c) => !flat(c) && c.innerText.trim().split("\\n").length > 40)
+        .map((c) => c.innerText.slice(0, 80)),
+}));
+"""
+# On a phone: what sticks out on the right and is in no box that scrolls, so that a reader never gets to see it.
 CUT_OFF = """
 const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
-return [...document.querySelectorAll('main *')]
-    .filter(e => e.getBoundingClientRect().right > 391 && !scrolls(e)).map(e => e.outerHTML.slice(0, 100));
+return {
+    "wider than a phone": document.documentElement.scrollWidth > 390 ? [document.documentElement.scrollWidth] : [],
+    "cut off on a phone": [...document.querySelectorAll("main *")]
+        .filter((e) => e.getBoundingClientRect().right > 391 && !scrolls(e)).map((e) => e.outerHTML.slice(0, 100)),
+};
 """
 
 
-def test_home(browser: Chrome, address: str) -> None:
-    visit(browser, address)
-    assert "lor2c" in browser.title
-    assert "lor2c" in browser.find_element(By.TAG_NAME, "h1").text
-
-
 def test_pages_work_without_a_network(browser: Chrome, address: str, site: Path, pages: dict[Path, Page]) -> None:
+    found = {}
     browser.get_log("browser")  # empties it
     for path in pages:
-        visit(browser, address + path.relative_to(site).as_posix())
-        severe = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-        assert severe == []
-        loaded = browser.execute_script("return performance.getEntriesByType('resource').map(r => r.name)")
-        assert [name for name in loaded if not name.startswith((address, "data:"))] == []
-        empty = "return [...document.querySelectorAll('main img')].filter(i => !i.naturalWidth).length"
-        assert browser.execute_script(empty) == 0
-        flat = "return [...document.querySelectorAll('math')].filter(m => !m.getBoundingClientRect().height).length"
-        assert browser.execute_script(flat) == 0
+        name = path.relative_to(site).as_posix()
+        visit(browser, address + name)
+        wrong = browser.execute_async_script(WRONG)
+        resize(browser, width=390)
+        wrong |= browser.execute_script(CUT_OFF)
+        wrong["console"] = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        found |= {f"{name}: {what}": which for what, which in wrong.items() if which}
+    assert found == {}
 
 
-def test_pages_fit_a_phone(browser: Chrome, address: str, site: Path, pages: dict[Path, Page]) -> None:
-    for path in pages:
-        visit(browser, address + path.relative_to(site).as_posix(), width=390)
-        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390, path.relative_to(site)
-        assert browser.execute_script(CUT_OFF) == [], path.relative_to(site)
+def test_home_and_its_menu(browser: Chrome, address: str) -> None:
+    visit(browser, address)
+    assert "lor2c" in browser.title and "lor2c" in find(browser, "h1").text
+    entries = browser.find_elements(By.CSS_SELECTOR, "#navbarCollapse .navbar-nav.me-auto a.nav-link")
+    names = "Home", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
+    assert tuple(a.text for a in entries) == names
 
 
-def test_the_menu_opens_on_a_phone(browser: Chrome, address: str) -> None:
+def test_the_menus_open_on_a_phone(browser: Chrome, address: str) -> None:
     visit(browser, address, width=390)
-    menu = browser.find_element(By.ID, "navbarCollapse")
+    menu, sidebar = find(browser, "#navbarCollapse"), find(browser, "#quarto-sidebar")
     assert not menu.is_displayed()
-    browser.find_element(By.CSS_SELECTOR, ".navbar-toggler").click()
-    WebDriverWait(browser, 10).until(lambda _: menu.is_displayed() and "collapsing" not in menu.get_attribute("class"))
-    assert [a.text for a in menu.find_elements(By.CSS_SELECTOR, "a.nav-link")][:5] == [
-        "Home",
-        "Tutorials",
-        "How-to",
-        "Explanations",
-        "API",
-    ]
+    find(browser, ".navbar-toggler").send_keys(Keys.ENTER)
+    wait(browser, lambda _: settled(menu))
+    assert "API" in menu.text
+    find(browser, ".navbar-toggler").click()
+    wait(browser, lambda _: not menu.is_displayed())
+    find(browser, ".quarto-secondary-nav .quarto-btn-toggle").click()
+    wait(browser, lambda _: settled(sidebar) and sidebar.rect["x"] >= 0)
+    link = sidebar.find_element(By.CSS_SELECTOR, "a[href$='howto/trl.html']")
+    assert not link.is_displayed()  # its section is folded
+    section(sidebar, "How-to").click()
+    wait(browser, lambda _: settled(link.find_element(By.XPATH, "ancestor::ul[1]")))
+    link.click()
+    wait(browser, lambda b: b.current_url.endswith("howto/trl.html"))
+
+
+def section(sidebar: WebElement, name: str) -> WebElement:
+    """What opens a section of the sidebar."""
+    [found] = [a for a in sidebar.find_elements(By.CSS_SELECTOR, "a.sidebar-item-text:not([href])") if a.text == name]
+    return found
+
+
+def test_keyboard(browser: Chrome, address: str) -> None:
+    visit(browser, address + "api/surgery.html")
+    press(browser, Keys.TAB)
+    skip = browser.switch_to.active_element
+    assert skip.text == "Skip to the text" and skip.rect["height"] > 20
+    press(browser, Keys.ENTER)
+    press(browser, Keys.TAB)
+    assert browser.execute_script("return document.querySelector('main').contains(document.activeElement)")
+    shown = browser.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+    assert shown != "none"
+    sidebar = find(browser, "#quarto-sidebar")
+    browser.execute_script("arguments[0].focus()", section(sidebar, "How-to"))
+    press(browser, Keys.ENTER)
+    wait(browser, lambda _: sidebar.find_element(By.CSS_SELECTOR, "a[href$='howto/trl.html']").is_displayed())
+
+
+def press(browser: Chrome, key: str) -> None:
+    ActionChains(browser).send_keys(key).perform()
 
 
 def test_light_and_dark(browser: Chrome, address: str) -> None:
     visit(browser, address)
     assert luminance(browser, "body", "backgroundColor") > 0.8 > 0.4 > luminance(browser, "main p", "color")
-    browser.find_element(By.CSS_SELECTOR, ".quarto-color-scheme-toggle").click()
-    WebDriverWait(browser, 10).until(lambda b: luminance(b, "body", "backgroundColor") < 0.3)
+    find(browser, ".quarto-color-scheme-toggle").click()
+    wait(browser, lambda b: luminance(b, "body", "backgroundColor") < 0.3)
     for text in ("main p", "main math", "main pre code"):  # the theme and the code's colours do not switch at once
-        WebDriverWait(browser, 10).until(lambda b, t=text: luminance(b, t, "color") > 0.6, text)
+        wait(browser, lambda b, t=text: luminance(b, t, "color") > 0.6, text)
     browser.execute_script("localStorage.clear()")
+    visit(browser, address, scheme="dark")  # who prefers dark gets it unasked
+    assert luminance(browser, "body", "backgroundColor") < 0.3
+    assert luminance(browser, "main p", "color") > 0.6
 
 
-def test_search_finds_a_page(browser: Chrome, address: str) -> None:
+def test_code_is_copied(browser: Chrome, address: str) -> None:
+    visit(browser, address + "tutorials/glue.html")
+    allowed = {"origin": address.rstrip("/"), "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    browser.execute_cdp_cmd("Browser.grantPermissions", allowed)
+    code = find(browser, "main .cell div.sourceCode")
+    code.find_element(By.XPATH, "..").find_element(By.CSS_SELECTOR, ".code-copy-button").send_keys(Keys.ENTER)
+    read = "navigator.clipboard.readText().then(arguments[0], (e) => arguments[0](String(e)))"
+    wait(browser, lambda b: b.execute_async_script(read).strip() == code.find_element(By.TAG_NAME, "code").text.strip())
+
+
+def test_search_leads_to_a_function(browser: Chrome, address: str) -> None:
     visit(browser, address)
-    browser.find_element(By.CSS_SELECTOR, "#quarto-search button, #quarto-search input").click()
-    WebDriverWait(browser, 10).until(lambda b: b.switch_to.active_element.tag_name == "input")
-    browser.switch_to.active_element.send_keys("low-rank")
-    WebDriverWait(browser, 10).until(lambda b: b.find_elements(By.CSS_SELECTOR, "a.search-result, .aa-Panel a"))
+    press(browser, "/")
+    wait(browser, lambda b: b.switch_to.active_element.tag_name == "input")
+    press(browser, "merge_modules")
+    results = "a.search-result, .aa-Panel a"
+    found = wait(browser, lambda b: b.find_elements(By.CSS_SELECTOR, results))
+    assert any("api/surgery.html" in a.get_attribute("href") for a in found[:3])
+    find(browser, "a[href*='api/surgery.html#merge_modules']").click()
+    wait(browser, lambda b: "api/surgery.html#merge_modules" in b.current_url)
+    assert find(browser, "[id='merge_modules'], [data-anchor-id='merge_modules']").is_displayed()

@@ -1,5 +1,6 @@
 """Build the site into `_docs`: nbdev prepares the notebooks, then Quarto renders them, or smalldocs without Quarto."""
 
+import ast
 import html
 import json
 import re
@@ -9,19 +10,37 @@ import sys
 from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from inspect import Parameter, Signature, formatannotation
+from itertools import pairwise
 from pathlib import Path
 
+import nbdev.serve
+from execnb.nbio import NbCell, mk_cell
 from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _build_modidx
+from nbdev.processors import FilterDefaults
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from nbdev.showdoc import BasicMarkdownRenderer
 from smalldocs.config import load
+from smalldocs.layout import SiteNav
 from smalldocs.site import Page, Site
 
-# smalldocs says that it does not read these two; this script does their work.
-DONE_HERE = ("output-file is not read", "html-math-method is ignored")
+# smalldocs says that it does not read these three; this script does the work of two, nbs/styles.css that of the third.
+DONE_HERE = ("output-file is not read", "html-math-method is ignored", "format.html.grid is ignored")
+SEEN_AT_ONCE = 40  # lines of code that fit a laptop's screen: longer sources are folded
+COLAB = """::: {{.colab}}
+[Open in Colab](https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path})
+
+<details><summary>What to run there first</summary>
+
+```python
+!git clone -q {git_url} && pip install -q "./{repo}[demo]"
+%cd {repo}/{folder}
+```
+
+</details>
+:::"""
 MATHS = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]]</span>', re.S)
 KATEX = re.compile(r"<(?:link|script)\b[^>]*\bkatex@[^>]*>(?:</script>)?\s*")
 WEB_FONT = re.compile(r"@import\s+url\(\s*[\"']?https?:[^)]*\)\s*;")
@@ -52,6 +71,47 @@ def parameter(f: Field) -> Parameter:
 get_config()["renderer"] = "docs.Renderer"  # at import: each of nbdev's workers imports this script
 
 
+class Filter(FilterDefaults):
+    """What nbdev does to each notebook, and more: each exported definition in a cell of its own, below its documentation;
+    long sources folded; a link to Colab below the title.
+    """
+
+    def __call__(self, nb: dict) -> None:
+        nb.cells = [NbCell(i, c) for i, c in enumerate(piece for cell in nb.cells for piece in pieces(cell))]
+        super().__call__(nb)
+        for cell in nb.cells:
+            if (
+                "#| code-fold: show" in cell.source and cell.source.count("\n") > SEEN_AT_ONCE + 2
+            ):  # two lines are options
+                cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true", 1)
+        nb.cells.insert(1, mk_cell(colab(Path(nb.path_)), "markdown"))  # the first cell is front matter: the title
+
+
+nbdev.serve.FilterDefaults = Filter  # `proc_nbs` takes no other
+
+
+def pieces(cell: dict) -> list[dict]:
+    """An exported cell, cut after each definition; any other cell as it is."""
+    if cell.cell_type != "code" or not re.match(r"#\| *exports\b", cell.source):
+        return [cell]
+    options = re.match(r"(#\|.*\n)*", cell.source)[0]
+    lines = cell.source.splitlines()
+    ends = [n.end_lineno for n in ast.parse(cell.source).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    cuts = pairwise([options.count("\n"), *ends, len(lines)])
+    sources = [options + text for a, b in cuts if (text := "\n".join(lines[a:b]).strip("\n"))]
+    outputs = [[]] * (len(sources) - 1) + [cell.outputs]
+    bare = {k: v for k, v in cell.items() if k != "id"}
+    return [{**bare, "source": s, "outputs": o} for s, o in zip(sources, outputs, strict=True)]
+
+
+def colab(notebook: Path) -> str:
+    """The link that opens a notebook in Colab, and what its reader runs first: pages read files of the repository."""
+    cfg = get_config()
+    path = notebook.relative_to(cfg.config_path)
+    names = {k: cfg[k] for k in ("user", "repo", "branch", "git_url")}
+    return COLAB.format(**names, path=path.as_posix(), folder=path.parent.as_posix())
+
+
 class NbdevSite(Site):
     """A smalldocs site whose pages are named as nbdev names them: `api/00_lowrank.ipynb` becomes `api/lowrank.html`."""
 
@@ -60,12 +120,23 @@ class NbdevSite(Site):
         page.out = page.out.with_name(page.front.get("output-file", page.out.name))
         return page
 
+    def write_llms_txt(self) -> None:
+        """`llms.txt` in the sidebar's order and sections, and with what each page says of itself."""
+        web = self.project.website
+        lines = [f"# {web['title']}", "", f"> {web['description']}"]
+        for item in SiteNav(self).sidebars[0]["items"]:
+            lines += ["", f"## {html.unescape(item.text)}", ""]
+            for page in item.pages():
+                address = f"{web['site-url']}/{page.out.with_suffix('.llms.md')}"
+                lines.append(f"- [{page.title}]({address}): {page.front['description']}")
+        (self.out / "llms.txt").write_text("\n".join(lines) + "\n", "utf-8")
+
 
 def process() -> Path:
     """Let nbdev put `show_doc` for exported code, take hidden cells out and link names; returns its folder."""
     refresh_quarto_yml()
     _build_modidx()
-    proc = proc_nbs(force=True)
+    proc = proc_nbs(force=True, n_workers=0)  # in this process: each worker would import torch, which takes longer
     pages = list(proc.rglob("*.ipynb"))
     base = get_config().doc_host + get_config().doc_baseurl
     links = {f"({base}/{name}": f"(/{p.relative_to(proc).as_posix()}" for p in pages if (name := html_name(p, proc))}

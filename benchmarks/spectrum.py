@@ -1,0 +1,156 @@
+"""Singular values of residuals while they are trained: the measurement behind Fig. 2 of the LoR2C paper.
+
+    python benchmarks/spectrum.py --data-dir glue --output results/spectrum/mrpc-w.json
+    python benchmarks/spectrum.py --data-dir glue --rank 128 --output results/spectrum/mrpc-rank-128.json
+
+Without --rank the residual of every layer is one d x d matrix that starts at zero, h(t+1) = W h(t) + Layer(h(t)), Eq. 2.
+With --rank it is LoR2C's pair with scaling 1, and the matrices are the product B A and both of its factors. The record
+holds, at the start and after each epoch, means over the layers: the largest singular values, their sum, how many hold 90 %
+of the sum of squares, and the share of it that the 8 largest hold; of up to 16 of them also those of each layer. It is
+written after every epoch.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from lor2c.residual import hidden_states, pairs_of
+from lor2c.run import Run, glue_run
+from lor2c.stack import find_layers, stream_width
+from lor2c.train import Job, make_trainer, prepare, versions
+
+TOP, EACH = 50, 16  # singular values in the record; so many or fewer are kept for each layer as well
+
+
+class Whole(nn.Module):
+    """A forward hook that adds W h to the output of a layer that was called with h. W (d, d) starts at zero."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.zeros(d, d))
+
+    def forward(self, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        return output + nn.functional.linear(hidden_states(layer, args, kwargs), self.W).to(output.dtype)
+
+
+def add_whole(model: nn.Module) -> None:
+    """Put a residual with one unfactored matrix around every layer."""
+    path, layers = find_layers(model)
+    for layer in layers:
+        layer.residual = Whole(stream_width(model, path))
+        layer.register_forward_hook(layer.residual, with_kwargs=True)
+
+
+def matrices(model: nn.Module, rank: int | None) -> dict[str, list[Tensor]]:
+    """What is decomposed, each a list over the layers. With a rank, A (r, d) and B (d, r) of LoR2C at scaling 1."""
+    if rank is None:
+        return {"W": [layer.residual.W.detach() for layer in find_layers(model)[1]]}
+    pairs = [(A.detach(), B.detach()) for A, B in pairs_of(model, "default").values()]
+    return {"B A": [B @ A for A, B in pairs], "B": [B for _, B in pairs], "A": [A for A, _ in pairs]}
+
+
+def rounded(values: Tensor, digits: int = 4) -> list:
+    """As a list, to so many significant digits."""
+    return json.loads(json.dumps(values.tolist()), parse_float=lambda text: float(f"{float(text):.{digits}g}"))
+
+
+class Spectra(TrainerCallback):
+    """Decomposes the matrices before training and after every epoch."""
+
+    def __init__(self, rank: int | None, record: dict, path: Path) -> None:
+        self.rank, self.record, self.path = rank, record, path
+
+    def note(self, model: nn.Module, epoch: float) -> None:
+        self.record["epochs"].append(round(epoch))
+        for name, found in matrices(model, self.rank).items():
+            values = torch.linalg.svdvals(torch.stack(found))[:, : self.rank]  # (layers, n); a product has rank of them
+            into = self.record["matrices"].setdefault(name, {"shape": list(found[0].shape)})
+            into.setdefault("values", []).append(rounded(values[:, :TOP].mean(0)))
+            into.setdefault("sum", []).append(rounded(values.sum(-1).mean()))
+            into.setdefault("rank_90", []).append(rounded(rank_for(values, 0.9).mean()))
+            into.setdefault("top_8", []).append(rounded(share_of(values, 8).mean()))
+            if values.shape[-1] <= EACH:
+                into.setdefault("layers", []).append(rounded(values))
+        write(self.path, self.record)
+
+    def on_train_begin(self, args, state, control, model=None, **_) -> None:
+        self.note(model, 0)
+
+    def on_log(self, args, state, control, logs=None, model=None, **_) -> None:
+        if "loss" in logs:  # once after each epoch
+            self.record["train_loss"].append(round(logs["loss"], 4))
+            self.note(model, state.epoch)
+
+
+def rank_for(values: Tensor, share: float) -> Tensor:
+    """How many singular values hold that share of the sum of squares, for each row; 0 for a row of zeros."""
+    energy = values.square().cumsum(-1)
+    return ((energy < share * energy[:, -1:]).sum(-1) + (energy[:, -1] > 0)).float()
+
+
+def share_of(values: Tensor, k: int) -> Tensor:
+    """The share of the sum of squares that the k largest hold, for each row; 0 for a row of zeros."""
+    energy = values.square()
+    return energy[:, :k].sum(-1) / energy.sum(-1).clamp(min=torch.finfo(energy.dtype).tiny)
+
+
+def write(path: Path, record: dict) -> None:
+    """In one step, on one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def trainer_of(job: Job) -> Trainer:
+    """The job's trainer, which neither evaluates nor saves on its way."""
+    job.args.eval_strategy = job.args.save_strategy = "no"
+    job.args.load_best_model_at_end = False
+    return make_trainer(job)
+
+
+def describe(run: Run, apart: tuple[str, ...] = ()) -> dict:
+    """The settings of a run that a figure's caption needs; no folders."""
+    names = "task model seed epochs batch_size max_length max_train_samples lr rank alpha dropout precision"
+    return {name: getattr(run, name) for name in names.split() if name not in apart}
+
+
+def measure(run: Run, rank: int | None, path: Path) -> None:
+    settings = describe(run) if rank else describe(run, apart=("rank", "alpha", "dropout"))
+    record = {"settings": settings, "epochs": [], "train_loss": [], "matrices": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        job = prepare(run, folder)
+        if rank is None:
+            add_whole(job.model)
+        trainer = trainer_of(job)
+        trainer.add_callback(Spectra(rank, record, path))
+        trainer.train()
+        scores = trainer.evaluate()
+    record["accuracy"] = round(scores["eval_accuracy"], 4)
+    record["baseline"] = round(job.baseline["accuracy"], 4)
+    write(path, record | {"versions": versions()})
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True, help="folder of GLUE")
+    parser.add_argument("--output", type=Path, required=True, help="where the record goes")
+    parser.add_argument("--rank", type=int, help="of LoR2C's pairs; without it one d x d matrix")
+    for name, default in (("epochs", 50), ("rows", 500), ("max-length", 96), ("batch-size", 32), ("seed", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lr", type=float, default=4e-4, help="the paper's")
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
+    asked = parser.parse_args()
+    settings = dict(epochs=asked.epochs, max_train_samples=asked.rows, max_length=asked.max_length, device="cpu")
+    settings |= dict(batch_size=asked.batch_size, seed=asked.seed, lr=asked.lr, precision=asked.precision)
+    chosen = glue_run("mrpc", "lor2c" if asked.rank else "head", "minilm", data_dir=asked.data_dir, **settings)
+    if asked.rank:
+        chosen = replace(chosen, rank=asked.rank, alpha=asked.rank, dropout=0.0)  # Eq. 2 has no scaling and no dropout
+    measure(chosen, asked.rank, asked.output)

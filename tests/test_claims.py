@@ -1,0 +1,113 @@
+"""What the site says in numbers is what its cells print, and what the records under results/ hold."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from conftest import ROOT, notebooks
+
+PAGES = [p for p in notebooks() if p.parent.name != "api"]
+# Code, equations, links and tags are no prose.
+NO_PROSE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|\$\$.*?\$\$|\$[^$]*\$|<[^>]*>", re.S)
+NUMBER = re.compile(r"(?<![\w.,^])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
+# Versions, sections and years are no figures.
+NO_FIGURE = re.compile(
+    r"(?i)\b(?:python|transformers|trl|apache|peft|torch|cc by-nc|sections?)[- ]\d+(?:\.\d+)+|\b(?:19|20)\d\d\b"
+)
+
+
+def source(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def cells(page: Path, kind: str) -> list[dict]:
+    return [c for c in json.loads((ROOT / page).read_text("utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def printed(cell: dict) -> Iterator[str]:
+    """The text that a cell put out."""
+    for out in cell["outputs"]:
+        yield "".join(out.get("text", ""))
+        yield from ("".join(value) for kind, value in out.get("data", {}).items() if kind.startswith("text/"))
+
+
+def numbers(text: str) -> Iterator[str]:
+    yield from (match[0].replace(",", "") for match in NUMBER.finditer(text.replace("_", "")))
+
+
+def exact(number: str) -> bool:
+    """Whether a number has a decimal point or four digits: a figure, rather than a layer, a rank or an epoch."""
+    return "." in number or len(number.lstrip("-")) >= 4
+
+
+def rounds_to(found: str, claimed: str) -> bool:
+    decimals = len(claimed.partition(".")[2])
+    return abs(abs(float(found)) - abs(float(claimed))) <= 0.5000001 * 10**-decimals
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.with_suffix("").relative_to("nbs").as_posix())
+def test_a_number_in_prose_stands_in_a_cell(page: Path) -> None:
+    code = cells(page, "code")
+    known = {n for cell in code for text in (source(cell), *printed(cell)) for n in numbers(text)}
+    unfounded = []
+    for cell in cells(page, "markdown"):
+        prose = NO_FIGURE.sub(" ", NO_PROSE.sub(" ", source(cell)))
+        unfounded += [n for n in numbers(prose) if exact(n) and not any(rounds_to(k, n) for k in known)]
+    assert unfounded == [], "let a cell print it, or take it out"
+
+
+# The tables of the comparison, computed again from the files
+
+
+def compared(folder: str) -> dict[tuple[str, str], list[float]]:
+    """(contender, task) -> the best scores of the records under results/, which are named TASK-CONTENDER-SEED.json."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for path in sorted((ROOT / "results" / folder).glob("*.json")):
+        task, contender = path.stem.rpartition("-")[0].split("-", 1)
+        metrics = json.loads(path.read_text("utf-8"))["metrics"]
+        found.setdefault((contender, task), []).append(metrics["best"][metrics["chosen_by"]])
+    return found
+
+
+def shown(page: Path) -> list[list[list[str]]]:
+    """The tables that cells of a page put out, as rows of cells."""
+    texts = [text for cell in cells(page, "code") for text in printed(cell) if text.startswith("|")]
+    return [[[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()] for text in texts]
+
+
+@pytest.mark.parametrize("folder", ["whole", "thousand"])
+def test_the_comparison_shows_means_of_the_records(folder: str) -> None:
+    records = compared(folder)
+    assert {len(scores) for scores in records.values()} == {3}
+    table = dict(zip(("whole", "thousand"), shown(Path("nbs/results/comparison.ipynb")), strict=True))[folder]
+    tasks = [head.split()[0] for head in table[0][3:]]
+    wanted = {(c, t): f"{mean(scores):.4f} ± {stdev(scores):.4f}" for (c, t), scores in records.items()}
+    plain = {"lora-rank-8": "lora", "lor2c-rm-false": "lor2c", "imlor2c-rm-false": "imlor2c"}
+    found = {}
+    for name, _, _, *scores in table[2:-1]:  # the last row is the constant answer
+        label = re.sub(r"[ =]", "-", name).lower()
+        found |= {(plain.get(label, label), task): score for task, score in zip(tasks, scores, strict=True)}
+    assert found == wanted
+
+
+@pytest.mark.parametrize("kind", ["whole", "thousand"])
+def test_the_papers_tables_show_means_of_the_records(kind: str) -> None:
+    names = {
+        "LoRA": "lora",
+        "LoR2C": "lor2c",
+        "IMLoR2C": "imlor2c",
+        "ResLoRA bs": "reslora-bs",
+        "RM-LoRA R=8": "rmlora",
+    }
+    records, checked = compared(kind), 0
+    for head, _, *rows in shown(Path("nbs/results/tables.ipynb")):
+        for name, *numbers in rows:
+            method, _, which = name.partition(", MiniLM, ")
+            for task, number in zip(head[1:], numbers, strict=True) if which == kind and method in names else ():
+                scores = [100 * score for score in records.get((names[method], task.replace("-", "").lower()), ())]
+                assert number in ("", "—") or number == f"{mean(scores):.1f} ± {stdev(scores):.1f}", (name, task)
+                checked += bool(scores)
+    assert checked >= len(names) * 2  # RTE and MRPC at the least
