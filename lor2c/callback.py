@@ -38,7 +38,7 @@ from lor2c.surgery import (
     tuner_of,
 )
 
-# %% ../nbs/api/21_callback.ipynb #957df04d
+# %% ../nbs/api/21_callback.ipynb #c5886192
 RULES = ("paper", "reference")
 
 
@@ -46,9 +46,10 @@ RULES = ("paper", "reference")
 class Settings:
     """What decides about the structure: the arguments of `IMCallback`, checked.
 
-    max_merges, max_injections: upper limits. schedule: "epoch" or "fractional". score: "sfs", of the top `sfs_k` singular
-    values (None: r // 2), or "mean". inject: the "lowest" or "highest" score. keep: whose pair a merge keeps. longest: most
-    layers of a span. inject_r, inject_alpha: of injected LoRA. rules: "paper", or what the "reference" code does. Raises ValueError for negative limits and unknown names. Source: LoR2C sections III-D and IV-B.
+    max_merges, max_injections: upper limits. schedule: "epoch" or "fractional". score: "sfs", with k = sfs_k (None: r // 2),
+    or "mean". inject: the "lowest" or "highest" score. keep: whose pair a merge keeps. longest: most layers of a span.
+    inject_r, inject_alpha: of injected LoRA. rules: "paper", or what the "reference" code does. Raises ValueError for
+    negative limits and unknown names. Source: LoR2C sections III-D and IV-B.
     """
 
     max_merges: int = 3  # M_max: an upper limit

@@ -26,7 +26,7 @@ from .pool import check_alone, check_jobs, failures, outcomes
 from .run import GENERATIVE, HAVE, METHODS, RM_LORA, Run, alpaca_run, demo_run, glue_run
 from .train import claim, prepare
 
-# %% ../nbs/api/37_compare.ipynb #f8ee49df
+# %% ../nbs/api/37_compare.ipynb #5f869ab0
 NAMED_APART = {"task", "method", "model", "seed"}
 SETTINGS = {
     one.name: next(kind for kind in (get_args(one.type) or (one.type,)) if kind is not NoneType)
@@ -50,7 +50,7 @@ def contender(
         changes[name] = as_value(name, value)
     return method, changes
 
-
+# %% ../nbs/api/37_compare.ipynb #3b1c782b
 def as_value(name: str, text: str) -> Any:
     "The value of a run's setting from its text: '4' of rank -> 4, 'true' of rm -> True. ValueError where it has none."
     kind = SETTINGS[name]
@@ -76,7 +76,7 @@ def check_used(changes: Mapping[str, Any], methods: Sequence[str]) -> None:
         if not any(method in HAVE.get(name, METHODS) for method in methods):
             raise ValueError(f"none of the methods has {name}: choose one of {', '.join(HAVE[name])}")
 
-# %% ../nbs/api/37_compare.ipynb #c7bb1c4e
+# %% ../nbs/api/37_compare.ipynb #a978e906
 @dataclass
 class Comparison:
     "A comparison that is ready to start."
@@ -88,7 +88,7 @@ class Comparison:
     records: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of those that are finished
     failed: dict[Path, str] = field(default_factory=dict)
 
-
+# %% ../nbs/api/37_compare.ipynb #f6a8d8d5
 def prepare_comparison(
     tasks: Sequence[str],  # of GLUE, "demo" or "alpaca"
     contenders: Sequence[str],  # such as "lora", "lora:rank=4"
@@ -114,7 +114,7 @@ def prepare_comparison(
     look(made)
     return made
 
-
+# %% ../nbs/api/37_compare.ipynb #655fb2f7
 def check_different(comparison: Comparison) -> None:
     "ValueError where two contenders are one, spelled in two ways."
     seen: dict[Run, str] = {}
@@ -149,7 +149,7 @@ def look(comparison: Comparison) -> None:
             seen |= {run.task, place.parent.name}
             prepare(run, place, resume=True)
 
-# %% ../nbs/api/37_compare.ipynb #31fed891
+# %% ../nbs/api/37_compare.ipynb #416f05ad
 def rows_of(records: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The table: contender, adapter_parameters, step (relative to the first's), lr, scores: task -> [mean, deviation, seeds].
 
@@ -183,7 +183,7 @@ def spread(scores: Sequence[float]) -> list[float]:
     "Mean, standard deviation (of a sample; 0 for one), and how many."
     return [mean(scores), stdev(scores) if len(scores) > 1 else 0.0, len(scores)]
 
-
+# %% ../nbs/api/37_compare.ipynb #434d243c
 def markdown(records: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
     "The table in Markdown; `names` as in `rows_of`."
     tasks = list(dict.fromkeys(record["task"] for record in records))
@@ -205,7 +205,7 @@ def cell(score: list[float] | None) -> str:
         return ""
     return f"{score[0]:.4f}" + (f" \u00b1 {score[1]:.4f}" if score[2] > 1 else "")
 
-# %% ../nbs/api/37_compare.ipynb #f954bb36
+# %% ../nbs/api/37_compare.ipynb #78e95fd7
 def carry_out_comparison(
     comparison: Comparison,
     jobs: int = 1,  # runs at a time
@@ -232,7 +232,7 @@ def carry_out_comparison(
         raise failures(names, len(runs), "runs")
     return [comparison.records[place] for place in runs]
 
-
+# %% ../nbs/api/37_compare.ipynb #f051f6b3
 def write_comparison(comparison: Comparison) -> None:
     "table.md, compare.json and compare.png, of the records that there are."
     done = [place for place in comparison.runs if place in comparison.records]

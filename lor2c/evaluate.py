@@ -506,7 +506,7 @@ def count_cut(lm: Any, tasks: Sequence[Any]) -> int:
             cut += len(text.encode()) + 2 > left and len(lm.tok_encode(text)) > left
     return cut
 
-# %% ../nbs/api/39_evaluate.ipynb #97b647b4
+# %% ../nbs/api/39_evaluate.ipynb #4916b436
 def metrics_of(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     "{'acc,none': 0.5, 'acc_stderr,none': 'N/A', ...} -> {'acc': {'value': 0.5, 'stderr': None}}; filters where several."
     found = [key.partition(",")[::2] for key in row if "," in key and "_stderr," not in key]
@@ -535,7 +535,7 @@ def entry_of(found: Mapping[str, Any], name: str, owner: str, tasks: Sequence[An
         entry["subtasks"] = {task.config.dataset_name: entry_of(found, task.task_name, owner, [task]) for task in tasks}
     return entry
 
-
+# %% ../nbs/api/39_evaluate.ipynb #c6a0dd78
 def notes_of(
     entries: Mapping[str, dict[str, Any]], owners: Mapping[str, str], local: bool, limit: int | None
 ) -> list[str]:

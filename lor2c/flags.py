@@ -17,7 +17,7 @@ from .data import GLUE
 from .evaluate import BENCHMARKS
 from .run import METHODS, RECIPES, Run
 
-# %% ../nbs/api/40_flags.ipynb #bd434cf3
+# %% ../nbs/api/40_flags.ipynb #a665dd99
 def make_parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     parser = argparse.ArgumentParser(
@@ -35,7 +35,7 @@ class WholeNames(argparse.HelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
-
+# %% ../nbs/api/40_flags.ipynb #59a6af01
 def add_demo(parser: argparse.ArgumentParser) -> None:
     "The flags of `lor2c demo`."
     parser.description = (
@@ -57,7 +57,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     add_rm(parser)
     add_machine(parser)
 
-
+# %% ../nbs/api/40_flags.ipynb #a39d9cd3
 def add_glue(parser: argparse.ArgumentParser) -> None:
     "The flags of `lor2c glue`."
     parser.description = (
@@ -97,7 +97,7 @@ def add_generative(parser: argparse.ArgumentParser) -> None:
         "--inject-alpha", type=float, metavar="X", help="alpha of injected LoRA (alpaca: half of alpha)"
     )
 
-
+# %% ../nbs/api/40_flags.ipynb #46cb6b22
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     "The flags of `lor2c sweep`."
     parser.description = (
@@ -139,7 +139,7 @@ def add_task(parser: argparse.ArgumentParser, holds: str) -> None:
     parser.add_argument("--model", required=True, metavar="NAME_OR_PATH", help=MODELS)
     parser.add_argument("--output-dir", required=True, metavar="DIR", help=holds)
 
-
+# %% ../nbs/api/40_flags.ipynb #6f37a2e0
 SETTINGS = {  # setting of a run: its type and meaning
     "rank": (int, "rank of the adapter"),
     "alpha": (float, "numerator of the scaling alpha / rank"),
@@ -173,7 +173,7 @@ ON_ALPACA = {
     },
 }
 
-
+# %% ../nbs/api/40_flags.ipynb #9dce6596
 def add_settings(parser: argparse.ArgumentParser, defaults: dict[str, str], schedule: str = "epoch") -> None:
     "The settings of a run, limits and method apart; `defaults` are named in the help."
     for name, default in defaults.items():
@@ -206,7 +206,7 @@ def add_structure(parser: argparse.ArgumentParser, schedule: str) -> None:
     ]:
         parser.add_argument(f"--{name}", help=text)
 
-
+# %% ../nbs/api/40_flags.ipynb #66a06c0f
 def add_rm(parser: argparse.ArgumentParser) -> None:
     "What RM-LoRA does, for its three methods and beside others; and how far back ResLoRA's shortcuts go."
     parser.add_argument("--pre-num", type=int, metavar="N", help="previous blocks, for reslora-*; -1: all (1 or 4)")
@@ -227,7 +227,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", help="fp32, bf16 or fp16 (fp32; on alpaca bf16 where a GPU has it)")
     parser.add_argument("--report-to", default="none", metavar="NAME", help="tensorboard, wandb, ... (%(default)s)")
 
-
+# %% ../nbs/api/40_flags.ipynb #5bf37a73
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     "The arguments of `lor2c inspect`."
     parser.description = "Print which layers each residual spans, ranks, spectra, parameter counts and the base."
@@ -251,7 +251,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument("--template", help="alpaca, chat or none (as it was trained)")
 
-
+# %% ../nbs/api/40_flags.ipynb #7ced009a
 def add_eval(parser: argparse.ArgumentParser) -> None:
     "The arguments of `lor2c eval`."
     parser.description = (
@@ -281,7 +281,7 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="fp32", help=f"of the weights: {', '.join(DTYPES)} (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
 
-
+# %% ../nbs/api/40_flags.ipynb #872c210f
 MODELS = "base model: on the hub, a folder, minilm (a small encoder) or gemma-270m (a small decoder)"
 DATA = "GLUE as DIR/rte/train.parquet ..., instructions as DIR/train.parquet, .json or .jsonl, or a file; else from the hub"
 COMMANDS = {

@@ -184,12 +184,13 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/api/19_fold.ipynb #1f8951d5
+# %% ../nbs/api/19_fold.ipynb #612afc25
 def fold(tuner: ResLoRAModel, how: str = "exact", adapter_name: str = "default", rank: int | None = None) -> Folded:
     """A ResLoRA adapter as plain LoRA: "exact" for block shortcuts, approximated "input" or "weight" for the others.
 
-    `rank` cuts each pair, A* (R, d_in) and B* (d_out, R), to the best of that rank. Changes nothing. ValueError where that way does not fit the shortcut, and where norms of inputs are needed but no
-    batch has been run in train mode. Source: ResLoRA section 3.3.
+    `rank` cuts each pair, A* (R, d_in) and B* (d_out, R), to the best of that rank. Changes nothing. ValueError where
+    that way does not fit the shortcut, and where norms of inputs are needed but no batch has been run in train mode.
+    Source: ResLoRA section 3.3.
     """
     if not isinstance(tuner, ResLoRAModel):
         raise TypeError(f"a ResLoRA tuner is folded, as in model.fold(), found {type(tuner).__name__}")

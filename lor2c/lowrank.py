@@ -45,7 +45,7 @@ def scaling_factor(
     "alpha / r, the factor before B A (LoRA section 4.1). Raises ValueError for r < 1."
     return alpha / check_rank(r)
 
-# %% ../nbs/api/00_lowrank.ipynb #3b42e9e7
+# %% ../nbs/api/00_lowrank.ipynb #000a54db
 def add_delta(
     h: Tensor,  # stream to add to, (..., d)
     x: Tensor,  # stream the pair reads, (..., d)
@@ -55,7 +55,8 @@ def add_delta(
 ) -> Tensor:  # (..., d), in h's dtype
     """h + scaling * B A x over the last dimension, in one pass where the dtypes allow it.
 
-    Shapes: h and x (..., d), A (r, d), B (d, r); the result has h's shape and dtype. Source: LoR2C Eq. 2 with W = B A. Raises torch's RuntimeError where the widths differ.
+    Shapes: h and x (..., d), A (r, d), B (d, r); the result has h's shape and dtype. Raises torch's RuntimeError where the
+    widths differ. Source: LoR2C Eq. 2 with W = B A.
     """
     t = F.linear(x.to(A.dtype), A)
     if h.dtype == A.dtype and not torch.is_autocast_enabled(h.device.type):

@@ -350,7 +350,7 @@ def spectra_of(record: dict[str, Any], matrix: str) -> dict[str, Any]:
         raise ValueError(f"the record has no matrix {matrix!r}: it has {', '.join(map(repr, there)) or 'none'}")
     return there[matrix]
 
-# %% ../nbs/api/34_plots.ipynb #f156ab4d
+# %% ../nbs/api/34_plots.ipynb #0cf6d5cd
 def plot_spectra(
     record: dict[str, Any],  # of benchmarks/spectrum.py with a small rank
     matrix: str = "B A",
@@ -365,10 +365,12 @@ def plot_spectra(
         raise ValueError(f"epoch {epoch} is not in the record: it has {epochs[0]} to {epochs[-1]}")
     rows = torch.tensor(found[-1 if epoch is None else epochs.index(epoch)])
     k, index = check_k(k, rows.shape[1]), range(1, rows.shape[1] + 1)
-    figure, panels = plt.subplots(1, len(rows), figsize=(1.5 * len(rows), 2.2), layout="constrained", squeeze=False)
+    size = dict(figsize=(1.2 + 1.2 * len(rows), 2.2), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(rows), sharey=True, **size)
     for layer, (axes, values) in enumerate(zip(panels[0], rows, strict=True)):
         axes.bar(index, values, color=[COLOURS[i > k] for i in index])
         axes.set_title(f"layer {layer}\nSFS {sfs(values, k):.3f}", fontsize=9)
+        axes.set_xticks([1, k, len(index)])
     panels[0][0].set_ylabel("singular value")
     figure.supxlabel(f"index: blue the top k = {k}, orange the rest", fontsize=9)
     return figure

@@ -131,13 +131,14 @@ def clip_all(optimizer: Optimizer, max_norm: float | Tensor) -> None:
     for some in kinds:
         clip_grads_with_norm_(some, max_norm, total)
 
-# %% ../nbs/api/23_rm_lora.ipynb #a436edaa
+# %% ../nbs/api/23_rm_lora.ipynb #a04329dc
 class RMLoRACallback(TrainerCallback, ExportableState):
     """RM-LoRA in any Trainer, for any PEFT LoRA and for LoR2C; coefficient=0 is GM-LoRA, mask=None is R-LoRA.
 
-    Its arguments are the fields of `lor2c.rm_lora.RMSettings`. In a loop of your own: `begin` before it, `finish` after it, `measure` when you like. The work is done in hooks of
-    the optimizer's step, so once a step whatever the accumulation. `history` has an entry for the begin and for every
-    epoch. Raises ValueError or TypeError, before training, where it could not. Source: RM-LoRA section 4.
+    Its arguments are the fields of `lor2c.rm_lora.RMSettings`. In a loop of your own: `begin` before it, `finish` after
+    it, `measure` when you like. The work is done in hooks of the optimizer's step, so once a step whatever the
+    accumulation. `history` has an entry for the begin and for every epoch. Raises ValueError or TypeError, before
+    training, where it could not. Source: RM-LoRA section 4.
     """
 
     def __init__(

@@ -168,7 +168,7 @@ class Change:
     layout: Layout  # from now on
     parameters: tuple[int, int]  # of the adapter, before and after
 
-# %% ../nbs/api/20_surgery.ipynb #05d5f1d0
+# %% ../nbs/api/20_surgery.ipynb #a6e09aae
 def merge_modules(
     model: nn.Module,  # a PEFT model with LoR2C; also inside DistributedDataParallel
     first: int,  # layer where the lower residual begins
@@ -181,8 +181,9 @@ def merge_modules(
 ) -> Change:
     """Make two neighbouring residuals one that spans both: it reads where the first did and adds where the second did.
 
-    `first` and `second` are the layers, counted from 0, in which they begin. The kept pair is the very same parameters, so its optimizer state goes with it. Raises ValueError, before anything
-    has changed, where the two are no neighbours or `keep` is unknown. Source: LoR2C section III-D.
+    `first` and `second` are the layers, counted from 0, in which they begin. The kept pair is the very same parameters, so
+    its optimizer state goes with it. Raises ValueError, before anything has changed, where the two are no neighbours or
+    `keep` is unknown. Source: LoR2C section III-D.
     """
     tuner = tuner_of(model)
     name = adapter_name or tuner.active_adapters[0]

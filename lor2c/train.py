@@ -473,7 +473,7 @@ def check_tokens(model: nn.Module, data: datasets.DatasetDict) -> None:
             f"the tokenizer gives token {largest}, and the model knows {known}: they do not belong together"
         )
 
-# %% ../nbs/api/33_train.ipynb #b9e349cb
+# %% ../nbs/api/33_train.ipynb #9bae1145
 def callbacks_of(run: Run) -> list[transformers.TrainerCallback]:
     "A run's callbacks; what is the method's comes first, so that the last one sees what it did."
     own: list[transformers.TrainerCallback] = []
@@ -505,7 +505,7 @@ def make_trainer(job: Job) -> Trainer:
     trainer.remove_callback(PrinterCallback)
     return trainer
 
-
+# %% ../nbs/api/33_train.ipynb #ee700a66
 def scored_by_labels(job: Job) -> dict[str, Any]:
     "How rows with a label become batches, and logits a score."
     task = run_task(job.run)

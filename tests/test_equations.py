@@ -86,5 +86,6 @@ def test_the_page_is_up_to_date():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes on an idle core
 def test_checks_see_zeros():
     print(run("python", ROOT / "tools/equations.py", "--zero", cwd=ROOT))

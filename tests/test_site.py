@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 from conftest import ROOT, copy_repository, notebooks, run
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
@@ -185,6 +186,19 @@ def test_cells_are_seen_at_once() -> None:
             if cell["cell_type"] == "code" and not UNSEEN.search(source) and len(lines) > LONGEST:
                 long.append(f"{notebook}: {len(lines)} lines from {lines[0]!r}")
     assert long == [], "cut it in two, with a sentence between"
+
+
+def test_cell_options_are_yaml() -> None:
+    """An option that is not is lost in one renderer, with all others of its cell, and an error in the other."""
+    wrong = []
+    for notebook in notebooks():
+        for cell in json.loads((ROOT / notebook).read_text("utf-8"))["cells"]:
+            for option in re.findall(r"^#\| *([\w-]+: .*)", "".join(cell["source"]), re.M):
+                try:
+                    yaml.safe_load(option)
+                except yaml.YAMLError:
+                    wrong.append(f"{notebook}: {option[:80]}")
+    assert wrong == [], "put the text into double quotes"
 
 
 # What a reader sees
