@@ -68,7 +68,7 @@ def parameter(f: Field) -> Parameter:
     return Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=formatannotation(f.type))
 
 
-get_config()["renderer"] = "docs.Renderer"  # at import: each of nbdev's workers imports this script
+get_config()["renderer"] = "docs.Renderer"  # nbdev imports it by this name
 
 
 class Filter(FilterDefaults):
@@ -80,9 +80,8 @@ class Filter(FilterDefaults):
         nb.cells = [NbCell(i, c) for i, c in enumerate(piece for cell in nb.cells for piece in pieces(cell))]
         super().__call__(nb)
         for cell in nb.cells:
-            if (
-                "#| code-fold: show" in cell.source and cell.source.count("\n") > SEEN_AT_ONCE + 2
-            ):  # two lines are options
+            lines = cell.source.count("\n") - 1  # two lines are options
+            if "#| code-fold: show" in cell.source and lines > SEEN_AT_ONCE:
                 cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true", 1)
         nb.cells.insert(1, mk_cell(colab(Path(nb.path_)), "markdown"))  # the first cell is front matter: the title
 
@@ -136,7 +135,7 @@ def process() -> Path:
     """Let nbdev put `show_doc` for exported code, take hidden cells out and link names; returns its folder."""
     refresh_quarto_yml()
     _build_modidx()
-    proc = proc_nbs(force=True, n_workers=0)  # in this process: each worker would import torch, which takes longer
+    proc = proc_nbs(force=True, n_workers=0)  # in this process: each worker would import torch first
     pages = list(proc.rglob("*.ipynb"))
     base = get_config().doc_host + get_config().doc_baseurl
     links = {f"({base}/{name}": f"(/{p.relative_to(proc).as_posix()}" for p in pages if (name := html_name(p, proc))}
