@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 BIN = $(VENV)/bin
 TEST_ARGS ?=
 # As many tests at a time as there are cores, up to four, each with one thread of torch: twice as fast as one with two.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4 --dist=loadgroup
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
 .PHONY: help demo test test-all docs readme export clean
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test depends on a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,13 +61,22 @@ def glue_data(tmp_path_factory) -> Path:
     return folder.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+class ByFile(LoadScopeScheduling):
+    """A file goes to one worker, for its fixtures are costly; notebooks go one by one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return nodeid if "test_notebooks.py" in nodeid else nodeid.partition("::")[0]
+
+
+# xdist's own loadgroup has no effect under pytest 9.2, which no longer lets a plugin rename its tests.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, a file goes to one of them, for its fixtures are costly; notebooks one by one."""
-    items.sort(key=lambda item: "[tutorials/" not in item.nodeid)  # the longest notebooks begin first
-    for item in items:
-        if item.path.stem != "test_notebooks":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """The longest notebooks begin first; slow tests are left out unless they are asked for."""
+    items.sort(key=lambda item: "[tutorials/" not in item.nodeid)
     if not os.environ.get("LOR2C_SLOW"):
         for item in items:
             if item.get_closest_marker("slow"):
