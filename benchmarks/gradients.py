@@ -10,21 +10,20 @@ input of each layer and of the last output; with LoR2C also the two terms of Eq.
 The record is written after every epoch.
 """
 
-import argparse
 import re
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from spectrum import describe, rounded, trainer_of, write
+from spectrum import describe, finish, parser_of, rounded, run_of, trainer_of, write
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lor2c.residual import residuals
-from lor2c.run import Run, glue_run
+from lor2c.run import Run
 from lor2c.stack import find_layers
-from lor2c.train import prepare, versions
+from lor2c.train import prepare
 
 KEYS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 
@@ -123,23 +122,11 @@ def measure(run: Run, path: Path) -> None:
         rows = job.data["validation"].select(range(0, len(job.data["validation"]), len(job.data["validation"]) // 32))
         probe = trainer.data_collator([{k: v for k, v in row.items() if k in KEYS} for row in rows.select(range(32))])
         trainer.add_callback(Gradients(dict(probe), record, path))
-        trainer.train()
-        scores = trainer.evaluate()
-    record["accuracy"] = round(scores["eval_accuracy"], 4)
-    record["baseline"] = round(job.baseline["accuracy"], 4)
-    write(path, record | {"versions": versions()})
+        finish(trainer, job, record, path)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True, help="folder of GLUE")
-    parser.add_argument("--output", type=Path, required=True, help="where the record goes")
+    parser = parser_of(__doc__, 8, None, "as lor2c glue --model minilm, if not given")
     parser.add_argument("--method", required=True, choices=("lora", "lor2c"))
-    for name, default in (("epochs", 8), ("rows", 500), ("max-length", 96), ("batch-size", 32), ("seed", 1)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--lr", type=float, help="as lor2c glue --model minilm, if not given")
-    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
     asked = parser.parse_args()
-    settings = dict(epochs=asked.epochs, max_train_samples=asked.rows, max_length=asked.max_length, device="cpu")
-    settings |= dict(batch_size=asked.batch_size, seed=asked.seed, lr=asked.lr, precision=asked.precision)
-    measure(glue_run("mrpc", asked.method, "minilm", data_dir=asked.data_dir, **settings), asked.output)
+    measure(run_of(asked, asked.method), asked.output)

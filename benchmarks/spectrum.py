@@ -131,26 +131,41 @@ def measure(run: Run, rank: int | None, path: Path) -> None:
             add_whole(job.model)
         trainer = trainer_of(job)
         trainer.add_callback(Spectra(rank, record, path))
-        trainer.train()
-        scores = trainer.evaluate()
-    record["accuracy"] = round(scores["eval_accuracy"], 4)
+        finish(trainer, job, record, path)
+
+
+def finish(trainer: Trainer, job: Job, record: dict, path: Path) -> None:
+    """Train to the end and write the record, with the last epoch's accuracy."""
+    trainer.train()
+    record["accuracy"] = round(trainer.evaluate()["eval_accuracy"], 4)
     record["baseline"] = round(job.baseline["accuracy"], 4)
     write(path, record | {"versions": versions()})
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str, epochs: int, lr: float | None, lr_help: str) -> argparse.ArgumentParser:
+    """What the two scripts are asked for alike."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="folder of GLUE")
     parser.add_argument("--output", type=Path, required=True, help="where the record goes")
-    parser.add_argument("--rank", type=int, help="of LoR2C's pairs; without it one d x d matrix")
-    for name, default in (("epochs", 50), ("rows", 500), ("max-length", 96), ("batch-size", 32), ("seed", 1)):
+    for name, default in (("epochs", epochs), ("rows", 500), ("max-length", 96), ("batch-size", 32), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--lr", type=float, default=4e-4, help="the paper's")
+    parser.add_argument("--lr", type=float, default=lr, help=lr_help)
     parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"))
-    asked = parser.parse_args()
+    return parser
+
+
+def run_of(asked: argparse.Namespace, method: str) -> Run:
+    """The run that was asked for."""
     settings = dict(epochs=asked.epochs, max_train_samples=asked.rows, max_length=asked.max_length, device="cpu")
     settings |= dict(batch_size=asked.batch_size, seed=asked.seed, lr=asked.lr, precision=asked.precision)
-    chosen = glue_run("mrpc", "lor2c" if asked.rank else "head", "minilm", data_dir=asked.data_dir, **settings)
+    return glue_run("mrpc", method, "minilm", data_dir=asked.data_dir, **settings)
+
+
+if __name__ == "__main__":
+    parser = parser_of(__doc__, 50, 4e-4, "the paper's")
+    parser.add_argument("--rank", type=int, help="of LoR2C's pairs; without it one d x d matrix")
+    asked = parser.parse_args()
+    chosen = run_of(asked, "lor2c" if asked.rank else "head")
     if asked.rank:
         chosen = replace(chosen, rank=asked.rank, alpha=asked.rank, dropout=0.0)  # Eq. 2 has no scaling and no dropout
     measure(chosen, asked.rank, asked.output)
