@@ -149,7 +149,7 @@ def look(comparison: Comparison) -> None:
             seen |= {run.task, place.parent.name}
             prepare(run, place, resume=True)
 
-# %% ../nbs/api/37_compare.ipynb #416f05ad
+# %% ../nbs/api/37_compare.ipynb #3a50351d
 def rows_of(records: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The table: contender, adapter_parameters, step (relative to the first's), lr, scores: task -> [mean, deviation, seeds].
 
@@ -165,7 +165,8 @@ def rows_of(records: Sequence[dict[str, Any]], names: Sequence[str] | None = Non
 def row_of(by_task: dict[str, list[dict[str, Any]]], first: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     "One contender's row."
     some = [record for records in by_task.values() for record in records]
-    ratios = [step_time(by_task[task]) / step_time(first[task]) for task in by_task.keys() & first.keys()]
+    times = [(step_time(by_task[task]), step_time(first[task])) for task in by_task.keys() & first.keys()]
+    ratios = [ours / theirs for ours, theirs in times if ours and theirs]  # a single step has no time
     return {
         "adapter_parameters": round(mean(record["adapter_parameters"] for record in some)),
         "step": round(mean(ratios), 3) if ratios else None,
