@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GEMMA_TERMS', 'OWN_MODELS', 'QUANTIZE', 'DTYPES', 'cache_folder', 'demo_model', 'gemma_model', 'unpack_gguf',
-           'find_model', 'load_classifier', 'load_tokenizer', 'position_limit', 'new_modules', 'quantization',
-           'load_decoder']
+           'find_model', 'remembered', 'load_classifier', 'load_tokenizer', 'position_limit', 'new_modules',
+           'quantization', 'load_decoder']
 
 # %% ../nbs/api/29_base.ipynb #e049d5cb
 import importlib.util
@@ -85,7 +85,7 @@ def unpack_gguf(folder: Path, name: str, to: Path) -> None:
     model.save_pretrained(to)
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(to)
 
-# %% ../nbs/api/29_base.ipynb #eb20ed29
+# %% ../nbs/api/29_base.ipynb #cf176928
 def find_model(name: str) -> str:
     "Name or folder to load from. OSError, and soon, where a model is no folder, not cached, and not on the hub."
     advice = "Pass the path of a local model (saved by save_pretrained), or connect once"
@@ -106,9 +106,14 @@ def find_model(name: str) -> str:
     return name
 
 
+def remembered(name: str) -> str:
+    "A model's name as an adapter remembers it: a folder by its whole path."
+    return str(Path(name).absolute()) if Path(name).is_dir() else name
+
+
 OWN_MODELS = {"minilm": demo_model, "gemma-270m": gemma_model}
 
-# %% ../nbs/api/29_base.ipynb #2954c89b
+# %% ../nbs/api/29_base.ipynb #2ca9c2c3
 def load_classifier(
     model: str,  # as `find_model`
     labels: Sequence[str] = (),  # names in the order of their numbers; empty for regression
@@ -117,8 +122,9 @@ def load_classifier(
 
     Raises OSError where the model cannot be had, ValueError where it is damaged or does not fit.
     """
-    name = find_model(model)
-    config = AutoConfig.from_pretrained(name, num_labels=len(labels) or 1)
+    name = remembered(find_model(model))
+    kind = "single_label_classification" if labels else "regression"  # not that of an earlier task
+    config = AutoConfig.from_pretrained(name, num_labels=len(labels) or 1, problem_type=kind)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in config.id2label.items()}
@@ -175,7 +181,7 @@ def quantization(how: str, dtype: torch.dtype) -> Any:
     four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_4bit=True, **four) if how == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
 
-# %% ../nbs/api/29_base.ipynb #d8ada134
+# %% ../nbs/api/29_base.ipynb #3b23ddec
 def load_decoder(
     model: str,  # as `find_model`
     precision: str = "fp32",  # of the weights: or bf16, fp16
@@ -191,8 +197,7 @@ def load_decoder(
         raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(DTYPES)}")
     dtype = DTYPES[precision]
     packed = quantize and quantization(quantize, dtype)
-    name = find_model(model)
-    name = str(Path(name).absolute()) if Path(name).is_dir() else name  # an adapter remembers it
+    name = remembered(find_model(model))
     if quantize and device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     how = dict(dtype=dtype, device_map=device and {"": device}, output_loading_info=True)

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'Settings', 'scores_by', 'choose', 'agreed', 'IMCallback', 'refuse_other_settings', 'too_many',
            'gradient_norms', 'untrained_by_reference']
 
-# %% ../nbs/api/21_callback.ipynb #0e441d60
+# %% ../nbs/api/21_callback.ipynb #0acd7791
 import dataclasses
 import math
 import warnings
@@ -20,7 +20,15 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .injection import find_qv, injected
-from .layout import Layout, check_lora, choose_injection, choose_merge, layers_needed, legal_injections
+from lor2c.layout import (
+    Layout,
+    check_lora,
+    choose_injection,
+    choose_merge,
+    layers_needed,
+    legal_injections,
+    legal_merges,
+)
 from .residual import pairs_of
 from .schedule import SCHEDULES, Due, check_limit, plan, remarks
 from .sfs import SCORES, check_k, mean_singular_value, score, top_share
@@ -33,10 +41,12 @@ from lor2c.surgery import (
     full,
     inject_lora,
     merge_modules,
+    parameters_of,
     size,
     spectra,
     tuner_of,
 )
+from .tuner import refuse_layerdrop
 
 # %% ../nbs/api/21_callback.ipynb #c5886192
 RULES = ("paper", "reference")
@@ -128,7 +138,7 @@ def agreed(value: Any) -> Any:
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/api/21_callback.ipynb #7ba6e19e
+# %% ../nbs/api/21_callback.ipynb #0e93f4ce
 class IMCallback(TrainerCallback, ExportableState):
     """Merges and injects while any Trainer trains; its arguments are the fields of `lor2c.callback.Settings`.
 
@@ -158,7 +168,9 @@ class IMCallback(TrainerCallback, ExportableState):
             check_optimizer(optimizer, tuner, tuner.active_adapters[0])
         config = tuner.peft_config[tuner.active_adapters[0]]
         check_sharding(tuner, tuner.active_adapters[0])
-        _, layers = find_layers(tuner.model, config.layers)
+        path, layers = find_layers(tuner.model, config.layers)
+        if settings.max_merges and legal_merges(tuner.layout(tuner.active_adapters[0]), settings.longest):
+            refuse_layerdrop(tuner.model, path, [(0, 1)])
         if settings.score == "sfs" and settings.rules == "paper" or settings.sfs_k:
             check_k(settings.sfs_k, config.r)
         if settings.max_injections:
@@ -202,7 +214,15 @@ class IMCallback(TrainerCallback, ExportableState):
             self._gradients = gradient_norms(tuner, name)
 
     def after_step(self, model: nn.Module, optimizer: Any) -> None:
-        "After the optimizer's step and zero_grad: take the decisions that are due."
+        """After the optimizer's step and zero_grad: take the decisions that are due.
+
+        RuntimeError where gradients still wait for their step, as at a micro-batch of an accumulated one."""
+        tuner = tuner_of(model)
+        if any(p.grad is not None and p.grad.any() for p in parameters_of(tuner, tuner.active_adapters[0])):
+            raise RuntimeError(
+                "after_step found gradients that wait for their step: call it after optimizer.step() and zero_grad(), and "
+                "not after a micro-batch, whose gradients are still added up"
+            )
         self.step += 1
         if not self._entry_at(self.step):
             return

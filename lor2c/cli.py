@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MACHINE', 'EXAMPLES', 'RUN', 'run_glue', 'run_alpaca', 'run_one', 'changes_of', 'draw_structure', 'is_first',
-           'prepare_or_exit', 'stop', 'summary', 'run_inspect', 'counts', 'run_sweep', 'run_compare', 'run_demo',
-           'table', 'show_use', 'classify', 'run_generate', 'run_eval', 'main', 'quieten']
+           'prepare_or_exit', 'trained_or_exit', 'stop', 'summary', 'run_inspect', 'counts', 'run_sweep', 'run_compare',
+           'run_demo', 'table', 'show_use', 'classify', 'run_generate', 'run_eval', 'main', 'quieten']
 
 # %% ../nbs/api/41_cli.ipynb #3ea2aacb
 import argparse
@@ -54,13 +54,10 @@ def run_alpaca(args: argparse.Namespace) -> None:
     "Tune a decoder on instructions."
     run_one(prepare_or_exit(alpaca_run, args.method, args.model, args.output_dir, args.resume, changes_of(args)))
 
-# %% ../nbs/api/41_cli.ipynb #973bc81f
+# %% ../nbs/api/41_cli.ipynb #985214d8
 def run_one(job: Job) -> None:
     "Fine-tune, then say how good and where."
-    try:
-        record = carry_out(job)
-    except (MemoryError, FloatingPointError, OSError) as error:
-        stop(error, code=1)
+    record = trained_or_exit(job)
     if is_first():
         print(summary(job, record))
         if record.get("structure"):
@@ -83,7 +80,7 @@ def is_first() -> bool:
     "Whether this process speaks for all, when torchrun or accelerate launch has started several."
     return os.environ.get("RANK", "0") == "0"
 
-# %% ../nbs/api/41_cli.ipynb #c44d75d8
+# %% ../nbs/api/41_cli.ipynb #c066c0ae
 def prepare_or_exit(make_run: Any, *parts: Any) -> Job:
     "The job, or the end: exit code 2 and one line, if anything about the input is wrong."
     *named, output_dir, resume, changes = parts
@@ -91,6 +88,14 @@ def prepare_or_exit(make_run: Any, *parts: Any) -> Job:
         return prepare(make_run(*named, **changes), output_dir, resume)
     except (ValueError, OSError, ImportError) as error:
         stop(error)
+
+
+def trained_or_exit(job: Job) -> dict[str, Any]:
+    "The record, or the end: exit code 1 and one line, if the run diverged, or had no memory, disk or folder left to it."
+    try:
+        return carry_out(job)
+    except (MemoryError, FloatingPointError, OSError) as error:
+        stop(error, code=1)
 
 
 def stop(error: Exception, code: int = 2) -> None:
@@ -183,7 +188,7 @@ def run_compare(args: argparse.Namespace) -> None:
             print((comparison.folder / "table.md").read_text(encoding="utf-8"))
             print(f"picture: {comparison.folder / 'compare.png'}", flush=True)
 
-# %% ../nbs/api/41_cli.ipynb #ac2d30db
+# %% ../nbs/api/41_cli.ipynb #cfb80155
 def run_demo(args: argparse.Namespace) -> None:
     "Train the methods one after the other; table, picture, and an adapter loaded back."
     folder = Path(args.output_dir)
@@ -202,7 +207,7 @@ def run_demo(args: argparse.Namespace) -> None:
     for job in jobs:
         if job.record:
             print(f"{job.run.method}: finished earlier, taken from {job.folder} (delete the folder to train again)")
-        records.append(carry_out(job))
+        records.append(trained_or_exit(job))
     save_picture(plot_runs(records), folder / "demo.png")
     print(f"\n{table(records)}\n\npicture: {folder / 'demo.png'}")
     for record in records:

@@ -206,7 +206,7 @@ def cell(score: list[float] | None) -> str:
         return ""
     return f"{score[0]:.4f}" + (f" \u00b1 {score[1]:.4f}" if score[2] > 1 else "")
 
-# %% ../nbs/api/37_compare.ipynb #78e95fd7
+# %% ../nbs/api/37_compare.ipynb #43fa92fe
 def carry_out_comparison(
     comparison: Comparison,
     jobs: int = 1,  # runs at a time
@@ -221,6 +221,11 @@ def carry_out_comparison(
     if ready:
         print(f"{ready} of {len(runs)} runs were finished earlier", flush=True)
         write_comparison(comparison)
+    if others := [file for file in comparison.folder.glob("*/*/seed-*/record.json") if file.parent not in runs]:
+        print(
+            f"{len(others)} finished runs in {comparison.folder} were not asked for, and are not in its table",
+            flush=True,
+        )
     with contextlib.closing(outcomes(left, jobs, ready)) as ended:
         for place, result, where in ended:
             ok = isinstance(result, dict)

@@ -166,7 +166,7 @@ _measures: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "spearmanr": partial(_correlation, lambda predictions, labels: spearmanr(predictions, labels)[0]),
 }
 
-# %% ../nbs/api/30_data.ipynb #df0e786f
+# %% ../nbs/api/30_data.ipynb #4212a015
 def compute_metrics(
     task: Task,
     logits: np.ndarray,  # (n, task.num_labels)
@@ -174,7 +174,7 @@ def compute_metrics(
 ) -> dict[str, float]:  # one entry per name in `task.metrics`, in that order
     """The metrics of `task` for logits (n, num_labels) and labels (n,), as in GLUE (Wang et al., 2018).
 
-    A correlation with a constant is 0.0, not NaN. Raises ValueError for other shapes and for logits not finite."""
+    A correlation with a constant is 0.0, not NaN. Raises ValueError for other shapes, FloatingPointError for logits not finite."""
     logits, labels = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if not len(logits) or logits.shape != (len(logits), task.num_labels) or labels.shape != (len(logits),):
         raise ValueError(
@@ -183,7 +183,9 @@ def compute_metrics(
         )
     broken = len(logits) - int(np.isfinite(logits).all(-1).sum())
     if broken:
-        raise ValueError(f"{broken} of {len(logits)} rows of logits are not finite: training diverged")
+        raise FloatingPointError(
+            f"{broken} of {len(logits)} rows of logits are not finite: training diverged; a lower --lr may help"
+        )
     predictions = logits.argmax(-1) if task.labels else logits[:, 0]
     return {name: _measures[name](predictions, labels) for name in task.metrics}
 

@@ -92,7 +92,7 @@ def fused_rows(config: Any, size: int) -> Rows:
     q = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return torch.arange(q), torch.arange(q + (size - q) // 2, size)
 
-# %% ../nbs/api/14_injection.ipynb #88e158ff
+# %% ../nbs/api/14_injection.ipynb #162f0c6e
 class FusedUp(nn.Module):
     """The up-projections of q and v for a projection that computes q, k and v at once: k's rows stay zero.
 
@@ -104,7 +104,7 @@ class FusedUp(nn.Module):
         self.out, self.r = out, r
         for name, part in zip(("q", "v"), rows, strict=True):
             setattr(self, name, nn.Parameter(torch.zeros(len(part), r, device=like.device, dtype=like.dtype)))
-            self.register_buffer(f"{name}_rows", part, persistent=False)
+            self.register_buffer(f"{name}_rows", part if like.is_meta else part.to(like.device), persistent=False)
 
     @property
     def weight(self) -> Tensor:  # (out, 2 r)

@@ -65,7 +65,7 @@ def product_orthogonality(
     """
     return (values.double().square() - 1).square().sum().item() + d_out - len(values)
 
-# %% ../nbs/api/04_orthogonality.ipynb #f15cf21a
+# %% ../nbs/api/04_orthogonality.ipynb #68e08cca
 def measure_pair(
     A: Tensor,  # (r, d_in)
     B: Tensor,  # (d_out, r)
@@ -74,10 +74,10 @@ def measure_pair(
 ) -> dict[str, Any]:
     """The numerical rank of W = B A, ||W W^T - I||_F^2, and the pair's regulariser, in O(d r^2).
 
-    Raises ValueError where a number is not finite. Source: RM-LoRA Table 5.
+    Raises FloatingPointError where a number is not finite. Source: RM-LoRA Table 5.
     """
     if not (A.isfinite().all() and B.isfinite().all()):
-        raise ValueError(
+        raise FloatingPointError(
             "a pair holds numbers that are not finite: training diverged, try a smaller coefficient or rate"
         )
     values = singular_values(A, B)

@@ -6,18 +6,20 @@
 __all__ = ['CANNOT_FOLD', 'check_stream', 'Held', 'LoR2CLayer', 'HoldInput', 'AddResidual', 'hidden_states', 'attach',
            'residuals', 'pairs_of', 'remove_unused']
 
-# %% ../nbs/api/13_residual.ipynb #d13cde81
+# %% ../nbs/api/13_residual.ipynb #08b7803b
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .compat import BaseTunerLayer, BufferDict
 from .config import LoR2CConfig
 from .layout import Span
-from .lowrank import add_delta, init_pair, scaling_factor
+from .lowrank import add_delta, delta, init_pair, scaling_factor
 
 # %% ../nbs/api/13_residual.ipynb #4de71797
 def check_stream(
@@ -50,7 +52,7 @@ class Held(threading.local):
     def __reduce__(self) -> tuple:
         return Held, ()
 
-# %% ../nbs/api/13_residual.ipynb #b85904ba
+# %% ../nbs/api/13_residual.ipynb #283cbcc3
 class LoR2CLayer(nn.Module, BaseTunerLayer):
     """The residuals, one per adapter, that end at one transformer layer.
 
@@ -92,18 +94,25 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         if any(self.start[name] == start for name in self.current()):
             self._held.tensors[start] = x
 
-    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+    def forward(self, h: Tensor, x: Tensor, recompute: bool = False) -> Tensor:
         """Output h and input x of the layer, both (batch, seq, d) -> h with the residuals added.
 
-        Raises RuntimeError where the layer in which a span begins has not run."""
+        With `recompute` nothing but the streams is kept for backward. Raises RuntimeError where the layer in which a span
+        begins has not run."""
         names = self.current()
         inputs = {self.end: x, **{start: self._release(start) for start in {self.start[n] for n in names} - {self.end}}}
         for name in names:
-            check_stream(h, inputs[self.start[name]], self.width, (self.start[name], self.end))
-            A, B = self.lor2c_A[name].to(h.device), self.lor2c_B[name]  # a shared A may live elsewhere
-            source = inputs[self.start[name]].to(device=h.device, dtype=A.dtype)
-            h = add_delta(h, self.lor2c_dropout[name](source), A, B, self.scaling[name])
+            source = inputs[self.start[name]].to(h.device)
+            check_stream(h, source, self.width, (self.start[name], self.end))
+            if recompute:
+                h = h + checkpoint(self._read, name, source, delta, use_reentrant=False).to(h.dtype)
+            else:
+                h = self._read(name, source, partial(add_delta, h))
         return h
+
+    def _read(self, name: str, source: Tensor, into: Callable[..., Tensor]) -> Tensor:
+        A, B = self.lor2c_A[name].to(source.device), self.lor2c_B[name]  # a shared A may live elsewhere
+        return into(self.lor2c_dropout[name](source.to(A.dtype)), A, B, self.scaling[name])
 
     def _release(self, start: int) -> Tensor:
         held = self._held.tensors.pop(start, None)
@@ -148,7 +157,7 @@ CANNOT_FOLD = (
     "matrix equals it. Keep the adapter, or call unload() to get the base model back without it"
 )
 
-# %% ../nbs/api/13_residual.ipynb #dc963081
+# %% ../nbs/api/13_residual.ipynb #972eddd4
 class HoldInput:
     "Forward pre-hook on the first layer of a span: keeps its input for the residual."
 
@@ -169,9 +178,12 @@ class AddResidual:
         if not self.residual.current():
             return output
         x = hidden_states(layer, args, kwargs)
+        recompute = layer.training and getattr(
+            layer, "gradient_checkpointing", False
+        )  # as transformers asks its layers
         if isinstance(output, tuple):
-            return (self.residual(output[0], x), *output[1:])
-        return self.residual(output, x)
+            return (self.residual(output[0], x, recompute), *output[1:])
+        return self.residual(output, x, recompute)
 
 # %% ../nbs/api/13_residual.ipynb #d0c8d35d
 def hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:  # (batch, seq, d)

@@ -295,18 +295,20 @@ def link(model: nn.Module, name: str, config: ResLoRAConfig) -> None:
         for path in paths:
             join(chain, layers[path], name, config)
 
-# %% ../nbs/api/17_reslora.ipynb #b458e75a
+# %% ../nbs/api/17_reslora.ipynb #55585b14
 def refuse_unsteady(model: nn.Module, targets: Iterable[str]) -> None:
     "ValueError where what an earlier layer holds may be missing or of other tokens: skipped layers, single experts."
-    drop = layerdrop(model)
+    drop = next(iter(layerdrop(model).items()), None)
     experts = next((path for path in targets if "experts" in path.split(".")), None)
     if drop or experts:
         why = (
-            f"the model skips layers in training (layerdrop {drop:g})" if drop else f"{experts} sees tokens of its own"
+            f"the model skips layers in training ({drop[0]}={drop[1]:g})"
+            if drop
+            else f"{experts} sees tokens of its own"
         )
         raise ValueError(
             f"{why}, and shortcuts of inputs and middles read what the layers before were given: use shortcut='block'"
-            + (", or load the model with layerdrop=0" if drop else ", or other target_modules")
+            + (f", or load the model with {drop[0]}=0" if drop else ", or other target_modules")
         )
 
 # %% ../nbs/api/17_reslora.ipynb #7da1d76a

@@ -63,7 +63,7 @@ HAVE = {  # setting: the methods that have it
     **dict.fromkeys(("schedule", "score", "sfs_k", "rules"), tuple(CHANGING)),
 }
 
-# %% ../nbs/api/32_run.ipynb #13cf5bfc
+# %% ../nbs/api/32_run.ipynb #c51089fb
 @dataclass(frozen=True)
 class Run:
     """Settings of one fine-tuning run; `glue_run`, `demo_run` and `alpaca_run` fill in the defaults of a task.
@@ -138,6 +138,8 @@ class Run:
             raise ValueError("method 'head' trains nothing on 'alpaca', where there is no new head: choose another")
         if self.quantize is not None:
             one_of("quantize", self.quantize, QUANTIZE)
+            if self.method == "pissa":
+                raise ValueError("method 'pissa' decomposes the base's weights, which are quantised: choose another")
             if self.method == "full":
                 raise ValueError("method 'full' cannot train quantised weights: leave quantize out, or choose another")
 

@@ -46,7 +46,7 @@ def mean_singular_value(
     "The sum of the singular values by their number. Source: reference code without --sfs_k, with n = d."
     return values.sum(-1) / (values.shape[-1] if n is None else n)
 
-# %% ../nbs/api/01_sfs.ipynb #4885e2bc
+# %% ../nbs/api/01_sfs.ipynb #bd209a37
 SCORES = ("sfs", "mean")
 DIVERGED = "a residual holds numbers that are not finite: training diverged, try a smaller learning rate"
 
@@ -56,9 +56,11 @@ def score(
     how: str = "sfs",  # one of SCORES
     k: int | None = None,  # of SFS
 ) -> list[float]:
-    "One number for each row of singular values. Raises ValueError for an unknown score, or values that are not finite."
+    """One number for each row of singular values.
+
+    Raises ValueError for an unknown score, FloatingPointError for values that are not finite."""
     if how not in SCORES:
         raise ValueError(f"unknown score {how!r}: choose one of {', '.join(SCORES)}")
     if not values.isfinite().all():
-        raise ValueError(DIVERGED)
+        raise FloatingPointError(DIVERGED)
     return (sfs(values, k) if how == "sfs" else mean_singular_value(values)).tolist()

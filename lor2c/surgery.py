@@ -8,7 +8,7 @@ __all__ = ['NOT_HERE', 'KEEP', 'tuner_of', 'refuse', 'full', 'spectra', 'scores_
            'check_optimizer', 'data_parallel', 'rebuild', 'reshard', 'shard_residuals', 'is_sharded', 'check_units',
            'check_sharding']
 
-# %% ../nbs/api/20_surgery.ipynb #f4d920d2
+# %% ../nbs/api/20_surgery.ipynb #d35d01aa
 import gc
 import inspect
 import sys
@@ -31,7 +31,7 @@ from .lowrank import singular_values
 from .residual import pairs_of, residuals
 from .sfs import DIVERGED
 from .sfs import score as score_of
-from .tuner import LoR2CModel
+from .tuner import LoR2CModel, active_adapter, layout_of
 
 # %% ../nbs/api/20_surgery.ipynb #bf5cc855
 def tuner_of(
@@ -68,7 +68,7 @@ def refuse(wrapper: Any) -> None:
         if kind.__name__ in NOT_HERE:
             raise TypeError(f"the structure cannot change under {kind.__name__}: {NOT_HERE[kind.__name__]}")
 
-# %% ../nbs/api/20_surgery.ipynb #20222af8
+# %% ../nbs/api/20_surgery.ipynb #be35b5d8
 def full(tensor: Tensor) -> Tensor:
     "The whole of a tensor that may be sharded over processes."
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
@@ -76,32 +76,36 @@ def full(tensor: Tensor) -> Tensor:
 
 def spectra(
     model: nn.Module,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,  # the active one if None
 ) -> dict[int, Tensor]:  # start layer -> singular values of scaling * B A, (r,)
-    "The singular values of every residual, in the order of the layers; all at once, in O(n d r^2)."
-    found = {m.start[adapter_name]: m for _, m in residuals(model) if adapter_name in m.start}
+    """The singular values of every residual, in the order of the layers; all at once, in O(n d r^2).
+
+    Raises ValueError where there is no such adapter, FloatingPointError where its weights are not finite."""
+    name = adapter_name or active_adapter(model)
+    layout_of(model, name)  # there has to be one, if only of injected LoRA
+    found = {m.start[name]: m for _, m in residuals(model) if name in m.start}
     if not found:
         return {}
     starts = sorted(found)
-    home = found[starts[0]].lor2c_B[adapter_name].device
-    A, B = (
-        [full(getattr(found[start], part)[adapter_name]).to(home) for start in starts]
-        for part in ("lor2c_A", "lor2c_B")
-    )
+    home = found[starts[0]].lor2c_B[name].device
+    A, B = ([full(getattr(found[start], part)[name]).to(home) for start in starts] for part in ("lor2c_A", "lor2c_B"))
     try:
-        values = singular_values(A, B, found[starts[0]].scaling[adapter_name])
+        values = singular_values(A, B, found[starts[0]].scaling[name])
     except torch.linalg.LinAlgError as error:
-        raise ValueError(DIVERGED) from error
+        raise FloatingPointError(DIVERGED) from error
     return dict(zip(starts, values, strict=True))
 
-# %% ../nbs/api/20_surgery.ipynb #6254ff01
+# %% ../nbs/api/20_surgery.ipynb #64d0cc82
 def scores_of(
     model: nn.Module,
     how: str = "sfs",  # or "mean"
     k: int | None = None,  # of SFS; r // 2 if None
-    adapter_name: str = "default",
+    adapter_name: str | None = None,  # the active one if None
 ) -> dict[int, float]:  # start layer -> score
-    "The score of every residual. Raises ValueError for an unknown score, a k outside of it, or weights that diverged."
+    """The score of every residual.
+
+    Raises ValueError for an unknown score or adapter or a k outside of the rank, FloatingPointError for weights that
+    diverged."""
     values = spectra(model, adapter_name)
     return dict(zip(values, score_of(torch.stack(list(values.values())), how, k), strict=True)) if values else {}
 
@@ -117,7 +121,7 @@ def inner_optimizer(optimizer: Any) -> Optimizer:
         raise TypeError(f"a torch.optim.Optimizer is needed, found {type(optimizer).__name__}")
     return optimizer
 
-# %% ../nbs/api/20_surgery.ipynb #11a76b73
+# %% ../nbs/api/20_surgery.ipynb #d895554c
 def sync_optimizer(
     optimizer: Any,  # torch's, or accelerate's around it
     model: nn.Module,
@@ -139,13 +143,17 @@ def sync_optimizer(
         if old in inner.state:
             moved = inner.state.pop(old).items()
             inner.state[new] = {key: value.to(new.device) if is_moment(value) else value for key, value in moved}
-    place = {p: i for i, p in enumerate(model.parameters())}
+    names = {p: name for name, p in model.named_parameters()}
+    place = {p: i for i, p in enumerate(names)}
     members = [p for p in group_of if p not in gone]
     for i, group in enumerate(inner.param_groups):
         own = [p for p in members if group_of[p] == i]
+        was = dict(zip(group["params"], group.get("param_names", ()), strict=False))
         group["params"][:] = sorted(
             own, key=lambda p: place.get(p, len(place))
         )  # what is not the model's: last, as it was
+        if "param_names" in group:  # an optimizer made from named_parameters()
+            group["param_names"][:] = [names.get(p) or was[p] for p in group["params"]]
     for dead in gone:
         inner.state.pop(dead, None)
 
@@ -290,7 +298,7 @@ def check_optimizer(optimizer: Any, model: nn.Module, name: str) -> None:
             "structure or to another model. Make a new one (in a Trainer: trainer.optimizer = None before train())"
         )
 
-# %% ../nbs/api/20_surgery.ipynb #7e85db77
+# %% ../nbs/api/20_surgery.ipynb #b9e8e907
 def data_parallel(model: nn.Module, tuner: LoR2CModel) -> list[DistributedDataParallel]:
     """The DistributedDataParallel around a tuner: `model` itself, or the one that a Trainer keeps to itself.
 
@@ -306,14 +314,20 @@ def data_parallel(model: nn.Module, tuner: LoR2CModel) -> list[DistributedDataPa
 def rebuild(wrapper: DistributedDataParallel) -> None:
     """Initialise a live DistributedDataParallel again, in place: its reducer forgets the old parameters and learns the new.
 
-    Whoever holds the object goes on with it. The values of rank 0 are sent to all others.
+    Whoever holds the object goes on with it. What is trained gets the values of rank 0; the frozen base is not sent again.
     """
     wanted = inspect.signature(DistributedDataParallel.__init__).parameters
     kept = {name: value for name, value in vars(wrapper).items() if name in wanted and name != "module"}
+    kept["init_sync"] = False
     if "device_mesh" in kept:
         del kept["process_group"]  # which came from it
+    if not wrapper.bucket_bytes_cap_default:
+        kept["bucket_cap_mb"] = wrapper.bucket_bytes_cap // 2**20
     hooks = {name: value for name, value in vars(wrapper).items() if "hooks" in name and isinstance(value, dict)}
     module, training, reductions = wrapper.module, wrapper.training, wrapper._comm_hooks
+    for p in module.parameters():
+        if p.requires_grad:
+            dist.broadcast(p.data, group_src=0, group=wrapper.process_group)
     del wrapper.reducer
     DistributedDataParallel.__init__(wrapper, module, **kept)
     vars(wrapper).update(hooks)

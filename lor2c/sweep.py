@@ -6,7 +6,7 @@
 __all__ = ['cells', 'check_counts', 'cell_name', 'unreachable', 'depth_of', 'Grid', 'prepare_sweep', 'limits', 'folder_of',
            'check_folder', 'write_grid', 'summary_of', 'describe_cell', 'carry_out_sweep', 'sweep']
 
-# %% ../nbs/api/36_sweep.ipynb #86974f96
+# %% ../nbs/api/36_sweep.ipynb #b7422653
 import contextlib
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from .pool import check_alone, check_jobs, failures, outcomes
 from .base import find_model, load_classifier
 from .run import Run, run_task
 from .stack import find_layers
-from .train import MAY_DIFFER, claim, prepare
+from .train import MAY_DIFFER, claim, prepare, with_defaults
 
 # %% ../nbs/api/36_sweep.ipynb #6c3dca4f
 def cells(
@@ -125,7 +125,7 @@ def prepare_sweep(
         prepare(hardest, folder_of(grid, hardest), resume=True)
     return grid
 
-# %% ../nbs/api/36_sweep.ipynb #af10182a
+# %% ../nbs/api/36_sweep.ipynb #d5e74b05
 def limits(run: Run) -> tuple[int, int]:
     "M_max and I_max."
     return run.max_merges, run.max_injections
@@ -144,7 +144,7 @@ def check_folder(grid: Grid) -> None:
     if not started.exists():
         return
     try:
-        before = json.loads(started.read_text(encoding="utf-8"))["settings"]
+        before = with_defaults(json.loads(started.read_text(encoding="utf-8"))["settings"])
         pairs = {name: (before.get(name), asked[name]) for name in asked.keys() - MAY_DIFFER}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{started} is damaged, or not of a sweep: name another --output-dir") from None

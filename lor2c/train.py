@@ -6,11 +6,11 @@
 __all__ = ['WHEN', 'IN_QUARTERS', 'MAY_DIFFER', 'Progress', 'history_of', 'describe_move', 'is_score', 'say', 'duration',
            'check_device', 'training_arguments', 'Quarters', 'micro_batches', 'ByLength', 'InstructionTrainer',
            'AdaLoRASteps', 'Job', 'versions', 'epochs_of', 'make_record', 'best_epoch', 'rows_of', 'claim',
-           'read_started', 'as_started', 'check_free', 'check_report_to', 'prepare', 'check_rows', 'check_tokens',
-           'callbacks_of', 'make_trainer', 'scored_by_labels', 'scored_by_loss', 'carry_out', 'fit', 'relocate',
-           'announce', 'train']
+           'read_started', 'with_defaults', 'as_started', 'check_free', 'check_report_to', 'prepare', 'check_rows',
+           'check_tokens', 'callbacks_of', 'make_trainer', 'scored_by_labels', 'scored_by_loss', 'carry_out',
+           'fine_tune', 'fit', 'relocate', 'announce', 'train']
 
-# %% ../nbs/api/33_train.ipynb #db81c5f1
+# %% ../nbs/api/33_train.ipynb #a9c94acd
 import contextlib
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from .adapters import last_complete_checkpoint
 from .alpaca import IGNORED, Rows, held_out_loss, hold_out, load_instructions, loss_and_tokens
 from .callback import IMCallback
 from .data import DEMO, baseline, compute_metrics
-from .disk import save_whole, write_json
+from .disk import alone_in, save_whole, write_json
 from .rm_lora import RMLoRACallback
 from .run import CHANGING, Run, build_model, count_parameters, load_data, one_of, run_task, validation_splits
 
@@ -177,14 +177,14 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {s} s" if minutes else f"{s} s"
 
-# %% ../nbs/api/33_train.ipynb #439c1e9d
+# %% ../nbs/api/33_train.ipynb #5c5809e9
 def check_device(run: Run) -> None:
     "ValueError where the device of a run is not there, or would not do its precision."
     one_of("device", run.device, ("auto", "cpu", "cuda", "mps"))
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(run.device, True):
         raise ValueError(f"device {run.device!r} is not there: torch {torch.__version__} sees none; use --device cpu")
-    if run.precision == "fp16" and not (there["cuda"] or there["mps"]):
+    if run.precision == "fp16" and (run.device == "cpu" or not any(there.values())):
         raise ValueError("precision fp16 needs a GPU: use fp32 or bf16 on a CPU")
     if run.quantize == "4bit" and (run.device == "cpu" or not there["cuda"]):
         raise ValueError(
@@ -192,7 +192,7 @@ def check_device(run: Run) -> None:
             "wrong afterwards; use 8bit or torchao-int8, or a GPU"
         )
 
-# %% ../nbs/api/33_train.ipynb #7a81d6b2
+# %% ../nbs/api/33_train.ipynb #ee057ea9
 def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
     "A run in Trainer's words: evaluate and save each epoch or quarter, end with the best."
     check_device(run)
@@ -211,7 +211,6 @@ def training_arguments(run: Run, folder: Path, best: str) -> TrainingArguments:
         load_best_model_at_end=True, metric_for_best_model=best, greater_is_better=not generative, save_total_limit=1,
         **(IN_QUARTERS if generative else dict.fromkeys(WHEN, "epoch")),
         restore_callback_states_from_checkpoint=True, train_sampling_strategy="group_by_length",
-        average_tokens_across_devices=generative,  # a loss that is a mean of rows would be multiplied by the processes
     )  # fmt: skip
     if args.world_size != (asked := int(os.environ.get("WORLD_SIZE", "1"))):
         raise ValueError(
@@ -275,13 +274,21 @@ class InstructionTrainer(Trainer):
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return ByLength([len(ids) for ids in rows["input_ids"]], batch, args.seed)
 
-# %% ../nbs/api/33_train.ipynb #4a85b2e8
+# %% ../nbs/api/33_train.ipynb #776cf3e0
 class AdaLoRASteps(TrainerCallback):
-    "Calls PEFT's AdaLoRA as it asks for: full rank in the first tenth of the steps, the final rank in the last three tenths."
+    """Calls PEFT's AdaLoRA as it asks for: full rank in the first tenth of the steps, the final rank in the last three tenths.
+
+    PEFT adds its regulariser to each loss; where a Trainer adds up losses, `summed`, each gets its share."""
+
+    def __init__(self, summed: bool = False) -> None:
+        self.summed = summed
 
     def on_train_begin(self, args, state, control, model=None, **_: Any) -> None:
         self.tuner, self.pattern = model.base_model, None
         config = self.tuner.peft_config["default"]
+        self.weight = config.orth_reg_weight
+        if self.summed:
+            config.orth_reg_weight /= args.gradient_accumulation_steps * args.world_size
         config.total_step, config.tinit, config.tfinal = (
             state.max_steps,
             state.max_steps // 10,
@@ -293,6 +300,9 @@ class AdaLoRASteps(TrainerCallback):
         config.rank_pattern = self.pattern
         self.tuner.update_and_allocate(state.global_step)
         self.pattern, config.rank_pattern = config.rank_pattern, None
+
+    def on_train_end(self, args, state, control, **_: Any) -> None:
+        self.tuner.peft_config["default"].orth_reg_weight = self.weight
 
 # %% ../nbs/api/33_train.ipynb #11b9d6d2
 @dataclass
@@ -393,15 +403,19 @@ def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
         raise ValueError(f"the run in {folder} cannot be resumed with other settings: {'; '.join(sorted(other))}")
     return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else None
 
-# %% ../nbs/api/33_train.ipynb #8c21bbfc
+# %% ../nbs/api/33_train.ipynb #e1ae4b4d
 def read_started(file: Path) -> dict[str, Any]:
     "What a run was started with; a setting that there was not at the time had its default. ValueError for damage."
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        known = {one.name: one.default for one in dataclasses.fields(Run) if one.default is not dataclasses.MISSING}
-        return {**known, "processes": 1, **before}
+        return {"processes": 1, **with_defaults(json.loads(file.read_text(encoding="utf-8")))}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}): name another --output-dir") from None
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    "Settings of a run, and the defaults of those that it does not have."
+    known = {one.name: one.default for one in dataclasses.fields(Run) if one.default is not dataclasses.MISSING}
+    return {**known, **settings}
 
 
 def as_started(run: Run) -> dict[str, Any]:
@@ -473,7 +487,7 @@ def check_tokens(model: nn.Module, data: datasets.DatasetDict) -> None:
             f"the tokenizer gives token {largest}, and the model knows {known}: they do not belong together"
         )
 
-# %% ../nbs/api/33_train.ipynb #9bae1145
+# %% ../nbs/api/33_train.ipynb #ad37d872
 def callbacks_of(run: Run) -> list[transformers.TrainerCallback]:
     "A run's callbacks; what is the method's comes first, so that the last one sees what it did."
     own: list[transformers.TrainerCallback] = []
@@ -484,7 +498,7 @@ def callbacks_of(run: Run) -> list[transformers.TrainerCallback]:
         coefficient, mask = run.rm_coefficient * regularised, run.rm_mask if masked else None
         own.append(RMLoRACallback(coefficient, run.rm_directions, mask, seed=run.seed))
     if run.method == "adalora":
-        own.append(AdaLoRASteps())
+        own.append(AdaLoRASteps(summed=run_task(run).generative))
     if run_task(run).generative:
         own.append(Quarters())
     return [*own, Progress(advise=run.task != DEMO.name)]
@@ -503,6 +517,8 @@ def make_trainer(job: Job) -> Trainer:
         **(scored_by_loss(job) if task.generative else scored_by_labels(job)),
     )
     trainer.remove_callback(PrinterCallback)
+    if not task.generative:  # Trainer goes by forward's arguments, and would take a mean of rows for a share of a sum
+        trainer.model_accepts_loss_kwargs = False
     return trainer
 
 # %% ../nbs/api/33_train.ipynb #ee700a66
@@ -524,13 +540,25 @@ def scored_by_loss(job: Job) -> dict[str, Any]:
         compute_metrics=lambda out: held_out_loss(out.predictions),
     )
 
-# %% ../nbs/api/33_train.ipynb #db493017
+# %% ../nbs/api/33_train.ipynb #f46f4002
 def carry_out(
     job: Job,
 ) -> dict[str, Any]:  # the record, as in record.json
-    "Train what `prepare` has made ready; leaves record.json and adapter/ (model/ for full) in the job's folder."
+    """Train what `prepare` has made ready; leaves record.json and adapter/ (model/ for full) in the job's folder.
+
+    Raises BlockingIOError where another process trains there, FloatingPointError where training diverges, MemoryError."""
     if job.record:
         return job.record
+    if job.args.process_index:
+        return fine_tune(job)
+    with alone_in(job.folder):
+        if claim(job.run, job.folder, resume=True):
+            raise BlockingIOError(f"the run in {job.folder} was finished by another process meanwhile")
+        return fine_tune(job)
+
+
+def fine_tune(job: Job) -> dict[str, Any]:
+    "`carry_out` for one of the processes that train together, in a folder that is theirs."
     run, folder, checkpoint = job.run, job.folder, last_complete_checkpoint(job.folder / "checkpoints")
     if run.method == "adalora":
         checkpoint = None
@@ -546,7 +574,7 @@ def carry_out(
     fit(trainer, checkpoint)
     best = trainer.state.best_model_checkpoint  # None where a resumed Trainer did not find it
     if best is None or not Path(best).is_dir():
-        raise RuntimeError(f"the best epoch's checkpoint, {best or 'of before the interruption'}, is gone")
+        raise FileNotFoundError(f"the best epoch's checkpoint, {best or 'of before the interruption'}, is gone")
     trainer.accelerator.wait_for_everyone()  # until all have read the best epoch
     record = make_record(job, trainer)
     if trainer.is_world_process_zero():

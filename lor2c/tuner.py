@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RESIDUAL', 'INJECTED', 'LoR2CModel', 'tie_shared', 'check_fit', 'refuse_layerdrop', 'layerdrop', 'first_floating',
-           'add_residual', 'switches', 'switch', 'warn_of_frozen_head', 'layout_of', 'set_layout', 'trained_as',
-           'take_out', 'pair_for', 'tensors_by_layer', 'injections_by_module', 'layout_in', 'expected_keys',
-           'check_keys', 'same']
+           'add_residual', 'active_adapter', 'switches', 'switch', 'warn_of_frozen_head', 'layout_of', 'set_layout',
+           'trained_as', 'take_out', 'pair_for', 'tensors_by_layer', 'injections_by_module', 'layout_in',
+           'expected_keys', 'check_keys', 'same']
 
 # %% ../nbs/api/16_tuner.ipynb #4b828638
 import copy
@@ -27,7 +27,7 @@ from .residual import CANNOT_FOLD, LoR2CLayer, attach, pairs_of, remove_unused, 
 from .share import shared_A, tie, with_copies, without_copies
 from .stack import find_layers, stream_width
 
-# %% ../nbs/api/16_tuner.ipynb #b5fedee8
+# %% ../nbs/api/16_tuner.ipynb #c378a8f9
 class LoR2CModel(BaseTuner):
     """The LoR2C tuner, as `get_peft_model(model, LoR2CConfig(...))` makes it.
 
@@ -51,7 +51,7 @@ class LoR2CModel(BaseTuner):
     def _prepare_adapter_config(self, config: LoR2CConfig, model_config: dict) -> LoR2CConfig:
         path, layers = find_layers(self.model, config.layers)
         layout = config.layout(len(layers))
-        check_fit(self.model, layers, layout, config)
+        check_fit(self.model, layout, config)
         self._wanted = {f"{path}.{end}": (start, end) for start, end in layout.spans}
         self._wanted |= {f"{path}.{one.layer}": one for one in layout.injected}
         warn_of_frozen_head(self.model, config)
@@ -69,16 +69,17 @@ class LoR2CModel(BaseTuner):
             width, like = stream_width(self.model, current_key.rpartition(".")[0]), first_floating(target)
             add_residual(self.model, parent, wanted, width, name, config, like)
 
-    def layout(self, adapter_name: str = "default") -> Layout:
-        "The structure of an adapter as it is now. ValueError where there is no such adapter."
+    def layout(self, adapter_name: str | None = None) -> Layout:
+        "The structure of an adapter, the active one if None, as it is now. ValueError where there is no such adapter."
         return layout_of(self.model, adapter_name)
 
     def set_layout(
-        self, layout: Layout, adapter_name: str = "default", moved: Mapping[Span, Span] | None = None
+        self, layout: Layout, adapter_name: str | None = None, moved: Mapping[Span, Span] | None = None
     ) -> None:
         """Give an adapter a new structure: equal spans keep their pairs, `moved` (new span -> old) take one over, the
         others start fresh (B = 0). An optimizer has to be told: see `lor2c.surgery`."""
-        set_layout(self.model, self.peft_config[adapter_name], adapter_name, layout, moved)
+        layout_of(self.model, name := adapter_name or active_adapter(self.model))  # there has to be one
+        set_layout(self.model, self.peft_config[name], name, layout, moved)
 
     def delete_adapter(self, adapter_name: str) -> None:
         "Take an adapter out, with its hooks and the LoRA that it injected."
@@ -141,40 +142,44 @@ def tie_shared(tuner: LoR2CModel, _: Any) -> None:
         if config.share:
             tie(tuner.model, name)
 
-# %% ../nbs/api/16_tuner.ipynb #2f2859ec
-def check_fit(model: nn.Module, layers: nn.ModuleList, layout: Layout, config: LoR2CConfig) -> None:
+# %% ../nbs/api/16_tuner.ipynb #9e2dbe18
+def check_fit(model: nn.Module, layout: Layout, config: LoR2CConfig) -> None:
     "ValueError where a layout cannot be put on a model: another depth, layers that are skipped, no q and v."
+    path, layers = find_layers(model, config.layers)
     if layout.depth != len(layers):
         raise ValueError(f"the layout is of {layout.depth} layers, the model has {len(layers)}")
-    refuse_layerdrop(model, layout.spans)
+    refuse_layerdrop(model, path, layout.spans)
     for one in layout.injected:
         find_qv(layers[one.layer], getattr(model, "config", None), config.inject_targets)
 
 
-def refuse_layerdrop(model: nn.Module, spans: Iterable[Span]) -> None:
-    "ValueError for a longer span in a model that skips whole layers while it trains."
-    drop = layerdrop(model)
+def refuse_layerdrop(model: nn.Module, path: str, spans: Iterable[Span]) -> None:
+    "ValueError for a longer span among layers, those at `path`, of which a model skips some while it trains."
+    drop = layerdrop(model, path)
     if drop and any(start < end for start, end in spans):
+        name, share = next(iter(drop.items()))
         raise ValueError(
-            f"the model skips layers in training (layerdrop {drop:g}), and a residual over several layers needs them all: "
-            "load the model with layerdrop=0, or use spans of one layer"
+            f"the model skips layers in training ({name}={share:g}), and a residual over several layers needs them all: "
+            f"load the model with {name}=0, or use spans of one layer, and no merges"
         )
 
 
-def layerdrop(model: nn.Module) -> float:
-    "The share of layers that a model skips while it trains."
-    config = getattr(model, "config", None)
-    return max(getattr(config, f"{part}layerdrop", 0) or 0 for part in ("", "encoder_", "decoder_"))
+def layerdrop(model: nn.Module, path: str = "") -> dict[str, float]:
+    "By which settings a model skips layers while it trains, those at `path` (or any), and which share of them."
+    sides = [side for side in ("encoder", "decoder") if side in path] or ["encoder", "decoder"]
+    names = ["layerdrop", *(f"{side}_layerdrop" for side in sides)]
+    return {name: share for name in names if (share := getattr(getattr(model, "config", None), name, None))}
 
-# %% ../nbs/api/16_tuner.ipynb #abc2d494
+# %% ../nbs/api/16_tuner.ipynb #ad703967
 def first_floating(layer: nn.Module) -> Tensor:
-    "A parameter to take device and dtype from: the first one that is neither quantised nor an adapter's."
-    own = (
-        p
-        for name, p in layer.named_parameters()
-        if "lor2c." not in name and ".lora_" not in name and p.is_floating_point()
-    )
-    return next(own, torch.empty(0))
+    "A tensor to take device and dtype from: the first parameter that is neither quantised nor an adapter's."
+    base = [p for name, p in layer.named_parameters() if "lor2c." not in name and ".lora_" not in name]
+    like = next((p for p in base if p.is_floating_point() and p.dtype.itemsize > 1), torch.empty(0))  # FP8 is quantised
+    hooks = (
+        getattr(module, "_hf_hook", None) for module in layer.modules()
+    )  # accelerate's, where a layer is offloaded
+    homes = [home for hook in hooks if (home := getattr(hook, "execution_device", None)) is not None]
+    return torch.empty(0, dtype=like.dtype, device=homes[0]) if like.is_meta and homes else like
 
 
 def add_residual(
@@ -198,7 +203,14 @@ def add_residual(
     attach(layers, host.lor2c)
     return host.lor2c.train(host.training)
 
-# %% ../nbs/api/16_tuner.ipynb #b28ca5f9
+# %% ../nbs/api/16_tuner.ipynb #097b2e1b
+def active_adapter(model: nn.Module) -> str:
+    "The name of the adapter that is active, the first of several. ValueError for a model without adapters."
+    if (on := switches(model)) is None:
+        raise ValueError("the model has no LoR2C adapter: make one with get_peft_model")
+    return on[0] if isinstance(on[0], str) else on[0][0]
+
+
 def switches(model: nn.Module) -> tuple[Any, bool] | None:
     "Which adapters are active and whether all are off, as the model's modules have it; None without adapters."
     peers = (m for m in model.modules() if isinstance(m, (LoR2CLayer, LoraLayer)))
@@ -230,12 +242,13 @@ def warn_of_frozen_head(model: nn.Module, config: LoR2CConfig) -> None:
         stacklevel=2,
     )
 
-# %% ../nbs/api/16_tuner.ipynb #1932ab6e
+# %% ../nbs/api/16_tuner.ipynb #0d93b6cb
 def layout_of(
     model: nn.Module,  # a base model with adapters, or a PEFT model
-    adapter_name: str = "default",
+    adapter_name: str | None = None,  # the active one if None
 ) -> Layout:
     "The structure of an adapter as it is now. ValueError where the model has no such LoR2C adapter."
+    adapter_name = adapter_name or active_adapter(model)
     found = [(m.start[adapter_name], m.end, m.depth) for _, m in residuals(model) if adapter_name in m.start]
     marks = [m.lor2c_injected[adapter_name] for _, m in injected(model) if adapter_name in m.lor2c_injected]
     read = [read_mark(mark) for mark in marks]
@@ -244,7 +257,7 @@ def layout_of(
         raise ValueError(f"the model has no LoR2C adapter {adapter_name!r}: make one with get_peft_model")
     return Layout(depths.pop(), tuple((a, b) for a, b, _ in found), tuple({one for one, _ in read}))
 
-# %% ../nbs/api/16_tuner.ipynb #7f543bcf
+# %% ../nbs/api/16_tuner.ipynb #a43997a0
 def set_layout(
     model: nn.Module,  # the base model
     config: LoR2CConfig,
@@ -257,7 +270,7 @@ def set_layout(
     now = layout_of(model, name)
     if wanted == now:
         return
-    check_fit(model, layers, wanted, config)
+    check_fit(model, wanted, config)
     pairs = pairs_of(model, name)
     (dtype, trained), on = trained_as(model, name), switches(model)
     fresh, taken = [one for one in wanted.injected if one not in now.injected], {one.layer for one in now.injected}

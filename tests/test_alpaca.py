@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as T
 from datasets import Dataset
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, decoder_folder
 
@@ -244,16 +244,19 @@ def test_untrained_loss_is_the_base_s(model, data, tmp_path):
     assert record["metrics"]["baseline"]["held_out_loss"] == pytest.approx(base, abs=1e-5)
 
 
-def test_micro_batches_change_nothing(model, data, tmp_path):
-    """Every token of a step has the same weight, however the rows are cut up."""
+@pytest.mark.parametrize("method", ["lor2c", "adalora"])
+def test_micro_batches_change_nothing(method, model, data, tmp_path):
+    """Every token of a step has the same weight, however the rows are cut up; AdaLoRA's regulariser is there once."""
     found = {}
     for micro in (16, 4, 1):
-        run = run_of("lor2c", model, data, epochs=1, dropout=0.0, micro_batch_size=micro)
+        run = run_of(method, model, data, epochs=1, dropout=0.0, micro_batch_size=micro, lr=1e-3)
         train(run, tmp_path / f"{micro}")
         found[micro] = load_file(tmp_path / f"{micro}/adapter/adapter_model.safetensors")
     for micro in (4, 1):
         for name, tensor in found[16].items():
             torch.testing.assert_close(found[micro][name], tensor, rtol=1e-4, atol=1e-5)
+    if method == "adalora":
+        assert PeftConfig.from_pretrained(tmp_path / "1/adapter").orth_reg_weight == AdaLoraConfig.orth_reg_weight
 
 
 def start(*arguments: str | Path) -> subprocess.Popen:
@@ -369,6 +372,8 @@ def test_out_of_memory_says_what_to_try(model, data, tmp_path):
         (["--quantize", "2bit"], "unknown quantize '2bit'"),
         (["--quantize", "4bit"], "quantize '4bit' cannot train on a CPU"),
         (["--method", "head"], "method 'head' trains nothing"),
+        (["--method", "pissa", "--quantize", "8bit"], "method 'pissa' decomposes the base's weights"),
+        (["--precision", "fp16"], "precision fp16 needs a GPU"),
         (["--method", "reslora-is", "--checkpointing"], "reads activations that checkpointing does not keep"),
         (["--lr", "inf"], "lr must be above 0, found inf"),
         (["--method", "lora", "--max-merges", "1"], "method 'lora' has no max_merges"),

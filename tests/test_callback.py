@@ -148,6 +148,22 @@ def test_a_due_decision_that_was_never_taken_is_an_error():
     callback.finish()
 
 
+def test_a_micro_batch_is_no_step():
+    """Accumulated gradients wait: refused at the first micro-batch; with gradients that are zero and not None, no step is."""
+    model, callback = model_of(), IMCallback(1, 0)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    callback.begin(model, steps=24, steps_per_epoch=3)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(RuntimeError, match="gradients that wait for their step.*not after a micro-batch"):
+        callback.after_step(model, optimizer)
+    assert callback.step == 0
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    callback.after_step(model, optimizer)
+    assert callback.step == 1
+
+
 def test_limits_that_do_not_fit_are_said_and_not_switched(tmp_path):
     """Three epochs have room for two merges by Eq. 11; 'fractional' is never taken without being asked for."""
     callback = IMCallback(3, 0)
@@ -404,7 +420,7 @@ def test_a_diverged_residual_is_an_error_in_words():
     callback = IMCallback(1, 0)
     callback.begin(model, 24, 3, optimizer)
     next(p for name, p in model.named_parameters() if "lor2c_B" in name).data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="not finite: training diverged, try a smaller learning rate"):
+    with pytest.raises(FloatingPointError, match="not finite: training diverged, try a smaller learning rate"):
         for _ in range(6):
             callback.before_step(model)
             callback.after_step(model, optimizer)

@@ -68,8 +68,8 @@ def test_a_run_leaves_a_record_and_an_adapter(undisturbed):
     assert sum(t.numel() for k, t in tensors.items() if "lor2c_A" in k or "lor2c_B" in k) == 36_864
 
 
-def test_killed_and_resumed_is_the_undisturbed_run(glue_data, undisturbed, tmp_path):
-    """SIGKILL after an epoch's checkpoint; --resume ends with the same bits and the same history."""
+def test_killed_and_resumed_is_the_undisturbed_run(capsys, glue_data, undisturbed, tmp_path):
+    """SIGKILL after an epoch's checkpoint; --resume ends with the same bits and the same history. No second one beside it."""
     folder = tmp_path / "run"
     arguments = (*RUN, "--data-dir", glue_data, "--output-dir", folder)
     process = start(*arguments)
@@ -77,6 +77,10 @@ def test_killed_and_resumed_is_the_undisturbed_run(glue_data, undisturbed, tmp_p
     while not last_complete_checkpoint(folder / "checkpoints"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments), "--resume"])
+    assert end.value.code == 1 and f"error: another process trains in {folder}: wait" in capsys.readouterr().err
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (folder / "record.json").exists() and not (folder / "adapter").exists()
@@ -403,3 +407,14 @@ def test_compare_prints_its_table(capsys, glue_data, tmp_path):
         "2 of 2 runs were finished earlier" in again
         and again[again.index("| method") :] == first[first.index("| method") :]
     )
+    main(["head" if word.startswith("head") else word for word in command])  # fewer: the other's record stays
+    assert "1 finished runs in" in (fewer := capsys.readouterr().out) and "| lora" not in fewer
+    assert len(list(tmp_path.rglob("record.json"))) == 2
+
+
+def test_divergence_is_one_line(capsys, glue_data, tmp_path):
+    command = [*RUN, "--data-dir", str(glue_data), "--output-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--max-train-samples", "16", "--epochs", "1", "--method", "lora", "--lr", "1e30"])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.endswith("training diverged; a lower --lr may help\n"), said

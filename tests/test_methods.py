@@ -1,17 +1,20 @@
 """Every method of the command line trains, is saved, and comes back as what was scored."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as T
+from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import ENCODER
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lor2c.base import demo_model
-from lor2c.data import compute_metrics
+from lor2c.base import demo_model, load_classifier
+from lor2c.data import compute_metrics, load_demo
 from lor2c.run import METHODS, glue_run, load_data, run_task
 from lor2c.train import make_trainer, prepare, train
 
@@ -72,6 +75,39 @@ def test_rm_writes_down_what_the_paper_measures(base, glue_data, tmp_path):
     assert [len(entry["pairs"]) for entry in (record["pairs"][0], record["pairs"][-1])] == [6, 6 - 1 - 1 + 2]
     first = next(iter(record["pairs"][0]["pairs"].values()))
     assert first["rank"] == 0 and first["orthogonality"] == ENCODER["hidden_size"]  # dW = 0: ||-I||^2 = d
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_micro_batches_change_nothing(task, base, tmp_path):
+    """A mean over rows is the mean of its parts' means, for labels and for scores; with the regulariser of RM-LoRA."""
+    folder, found = tmp_path / task, {}
+    folder.mkdir()
+    rows = load_demo()["train"].select(range(32))
+    texts = {"sentence": rows["text"]} if task == "sst2" else {"sentence1": rows["text"], "sentence2": rows["text"]}
+    labels = rows["label"] if task == "sst2" else [float(i % 6) for i in range(32)]
+    for split in ("train", "validation"):
+        Dataset.from_dict({**texts, "label": labels}).to_parquet(folder / f"{split}.parquet")
+    for micro in (16, 4):
+        run = replace(
+            run_of("rmlora", base, tmp_path, micro_batch_size=micro, dropout=0.0, epochs=1, lr=1e-3), task=task
+        )
+        record = train(run, tmp_path / f"{micro}")
+        found[micro] = load_file(tmp_path / f"{micro}/adapter/adapter_model.safetensors"), record["history"][0]
+    for name, tensor in found[16][0].items():
+        torch.testing.assert_close(found[4][0][name], tensor, rtol=1e-4, atol=1e-5)
+    assert found[4][1]["train_loss"] == pytest.approx(found[16][1]["train_loss"], rel=1e-4)
+
+
+def test_an_earlier_task_leaves_no_loss_behind(base, tmp_path):
+    """A checkpoint of transformers remembers which loss it was trained with."""
+    kinds = {("no", "yes"): "single_label_classification", (): "regression"}
+    for labels, kind in kinds.items():
+        model, tokenizer, _ = load_classifier(base, labels)
+        assert model.config.problem_type == kind
+        model.save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+    for (labels, kind), other in zip(kinds.items(), reversed(kinds.values()), strict=True):
+        assert load_classifier(str(tmp_path / other), labels)[0].config.problem_type == kind
 
 
 def test_adalora_ends_at_its_final_rank(base, glue_data, tmp_path):

@@ -156,8 +156,9 @@ def test_a_second_trainer_while_the_first_is_alive(runs):
 
 
 def test_options_of_the_wrapper_outlive_a_change(runs):
-    """A device mesh, a static graph, a communication hook, a forward hook."""
-    assert read(runs, "wrapped", 0) == read(runs, "wrapped", 1) == {"mesh": True, "static graph": True, "hooks": True}
+    """A device mesh, a static graph, the size of buckets, a communication hook, a forward hook."""
+    options = dict.fromkeys(("mesh", "static graph", "buckets", "hooks"), True)
+    assert read(runs, "wrapped", 0) == read(runs, "wrapped", 1) == options
 
 
 @pytest.mark.slow

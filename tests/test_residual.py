@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from accelerate import dispatch_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_contract import adapted, gradients
 from tiny import batch, build
@@ -20,7 +21,9 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 import lor2c
+from lor2c import residual
 from lor2c.layout import Layout
+from lor2c.surgery import scores_of
 
 ONE_LAYER, LONGER = [[0, 0], [1, 1], [2, 2], [3, 3]], [[0, 0], [1, 3]]
 
@@ -335,6 +338,76 @@ def test_less_is_kept_for_backward_than_with_lora():
     assert result["lor2c"]["bytes"] < 0.9 * result["lora"]["bytes"]
 
 
+def kept(config) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that a forward of a bf16 decoder with checkpointing leaves in memory, and the gradients."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=8, num_attention_heads=2, vocab_size=64)
+    model = get_peft_model(transformers.LlamaModel(transformers.LlamaConfig(**sizes)).bfloat16(), config).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for name, p in model.named_parameters():
+        if "lor2c_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    torch.manual_seed(1)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        out = model(input_ids=torch.arange(64)[None].expand(4, -1)).last_hidden_state
+    out.float().square().mean().backward()
+    return sum(event.self_cpu_memory_usage for event in seen.events()), gradients(model)
+
+
+def test_checkpointing_keeps_no_more_than_with_lora(monkeypatch):
+    """The input in the pair's type, and a dropout mask, are computed again; the gradients are the same bits."""
+    config = lor2c.LoR2CConfig(r=4, dropout=0.1, spans=[[0, 0], [1, 2], *([i, i] for i in range(3, 8))])
+    lora, _ = kept(LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]))
+    less, found = kept(config)
+    forward = lor2c.LoR2CLayer.forward
+    monkeypatch.setattr(lor2c.LoR2CLayer, "forward", lambda self, h, x, recompute=False: forward(self, h, x))
+    more, wanted = kept(config)
+    assert less < 1.1 * lora < 0.7 * more
+    assert len(wanted) == 14 and all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+
+
+def test_a_base_in_fp8_gets_a_pair_that_can_be_trained():
+    """FP8 counts as floating in torch, and is for weights only."""
+    base = build("Llama")
+    for layer in base.model.layers:
+        layer.self_attn.q_proj.weight.data = layer.self_attn.q_proj.weight.data.to(torch.float8_e4m3fn)
+    assert next(base.model.layers[0].parameters()).dtype == torch.float8_e4m3fn
+    model = get_peft_model(base, lor2c.LoR2CConfig(r=2))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_an_offloaded_base_is_adapted_where_it_computes(tmp_path):
+    """Layers on the disk are meta tensors between forwards; a pair has to be where their hooks bring them."""
+    whole, part = build("Llama"), build("Llama")
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    part = dispatch_model(part, places, main_device="cpu", offload_dir=tmp_path)
+    assert part.model.layers[1].mlp.up_proj.weight.is_meta
+    b, answers = batch("Llama"), []
+    for base in (whole, part):
+        torch.manual_seed(0)
+        model = get_peft_model(base, lor2c.LoR2CConfig(r=2, dropout=0.0, spans=[[0, 0], [1, 1], [2, 3]]))
+        for _, (_, B) in sorted(residual.pairs_of(model, "default").items()):
+            torch.nn.init.normal_(B)
+        answers.append(model(**b))
+    torch.testing.assert_close(answers[1].logits, answers[0].logits)
+    answers[1].loss.backward()
+    assert len(gradients(model)) == 6
+
+
+def test_names_of_adapters_that_are_not_there():
+    """Without a name it is the active adapter that is meant; another than those that there are is refused."""
+    model = get_peft_model(build("Llama"), lor2c.LoR2CConfig(r=2, spans=[[0, 0], [1, 1]]), adapter_name="mine")
+    assert len(scores_of(model)) == 2 and model.base_model.layout() == model.base_model.layout("mine")
+    model.base_model.set_layout(Layout(4, ((0, 1),)))
+    assert list(scores_of(model, adapter_name="mine")) == [0]
+    for attempt in (scores_of, lambda m, adapter_name: m.base_model.set_layout(Layout(4, ((0, 0),)), adapter_name)):
+        with pytest.raises(ValueError, match="no LoR2C adapter 'theirs'"):
+            attempt(model, adapter_name="theirs")
+    with pytest.raises(ValueError, match="no LoR2C adapter: make one"):
+        scores_of(build("Llama"))
+
+
 def named(model, name, spans):
     model.add_adapter(name, lor2c.LoR2CConfig(r=2, dropout=0.0, spans=spans))
 
@@ -367,11 +440,24 @@ def test_models_that_skip_layers_are_refused_for_longer_spans():
     """With layerdrop the start of a span may not run, or an old input may be waiting."""
     tiny = dict(hidden_size=16, ffn_dim=32, num_hidden_layers=4, num_attention_heads=2, word_embed_proj_dim=16)
     opt = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=64, layerdrop=0.5, **tiny))
-    with pytest.raises(ValueError, match=r"layerdrop 0.5.*layerdrop=0, or use spans of one layer"):
+    with pytest.raises(ValueError, match=r"layerdrop=0.5.*layerdrop=0, or use spans of one layer"):
         get_peft_model(opt, lor2c.LoR2CConfig(spans=[[0, 2]]))
     model = get_peft_model(opt, lor2c.LoR2CConfig())
     with pytest.raises(ValueError, match="layerdrop"):
         model.base_model.set_layout(Layout(4, ((0, 2),)))
+    with pytest.raises(ValueError, match="and no merges"):
+        lor2c.IMCallback(1, 0).begin(model, 24, 3)
+    lor2c.IMCallback(0, 1).begin(model, 24, 3)
+
+
+def test_the_stack_that_is_adapted_is_asked_for_layerdrop():
+    sizes = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=64)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2)
+    config = transformers.M2M100Config(encoder_layerdrop=0.05, decoder_layerdrop=0.0, **sizes, **heads)
+    base = transformers.M2M100ForConditionalGeneration(config)
+    get_peft_model(copy.deepcopy(base), lor2c.LoR2CConfig(layers="model.decoder.layers", spans=[[0, 1]]))
+    with pytest.raises(ValueError, match="load the model with encoder_layerdrop=0"):
+        get_peft_model(base, lor2c.LoR2CConfig(layers="model.encoder.layers", spans=[[0, 1]]))
 
 
 def test_a_forward_that_failed_half_way_leaves_a_model_that_copies():

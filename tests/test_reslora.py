@@ -474,7 +474,7 @@ def experts():
             r"nothing to link.*layers\.0\.self_attn\.q_proj \(16 to 16\)",
         ),
         (tiny_llama, dict(target_modules=["embed_tokens"]), "embed_tokens is no linear map but Embedding"),
-        (opt, dict(shortcut="input"), r"layerdrop 0\.5.*shortcut='block'"),
+        (opt, dict(shortcut="input"), r"layerdrop=0\.5.*shortcut='block'"),
         (experts, dict(shortcut="middle", target_modules=["experts.0"]), r"experts\.0 sees tokens of its own"),
     ],
     ids=["one layer", "embedding", "layerdrop", "experts"],

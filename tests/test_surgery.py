@@ -153,6 +153,18 @@ def test_what_else_an_optimizer_holds_stays_in_it():
     assert optimizer.state["k"] == {"step": 3} and not set(optimizer.state) - {"k"} - set(held)
 
 
+def test_an_optimizer_that_knows_names_knows_the_new_ones():
+    """torch lets an optimizer be made from named parameters; loading by name would else take another's moments."""
+    model, head = adapted("Llama", std=0, spans=ONE_LAYER, r=4), torch.nn.Linear(2, 2)
+    own = [("head.weight", head.weight), *named(model).items()]
+    optimizer = torch.optim.AdamW(own, lr=1e-2)
+    train(model, optimizer, batch("Llama"), 2)
+    merge_modules(model, 1, 2, optimizer=optimizer)
+    inject_lora(model, 0, optimizer=optimizer)
+    [group] = optimizer.state_dict()["param_groups"]
+    assert group["param_names"] == [*named(model), "head.weight"]
+
+
 def test_a_group_for_each_layer():
     """Layer-wise rates: what comes into a layer joins that layer's group, as a fresh process would have it."""
 

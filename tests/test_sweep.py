@@ -205,6 +205,10 @@ def test_a_folder_of_something_else(base, undisturbed, monkeypatch, tmp_path):
         with pytest.raises(ValueError, match=message):
             prepare_sweep(replace(base, **changed), [0, 2], [0, 1], where)
     assert (undisturbed / "grid.json").read_bytes() == before
+    grid = json.loads(before)
+    del grid["settings"]["checkpointing"]  # a sweep of before there was such a setting
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    assert prepare_sweep(base, [0], [0], tmp_path).records == {}
     assert len(prepare_sweep(replace(base, device="auto"), [0, 2], [0, 1], undisturbed).records) == 4  # may differ
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="not for torchrun"):

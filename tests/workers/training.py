@@ -263,6 +263,8 @@ def wrapped() -> dict:
     found, mesh = {}, init_device_mesh("cpu", (world(),))
     found["mesh"] = learns(DistributedDataParallel(model(), device_mesh=mesh))
     found["static graph"] = learns(DistributedDataParallel(model(), static_graph=True, gradient_as_bucket_view=True))
+    buckets = DistributedDataParallel(model(), bucket_cap_mb=3)
+    found["buckets"] = learns(buckets) and buckets.bucket_bytes_cap == 3 * 2**20
     hooked, seen = DistributedDataParallel(model()), []
     hooked.register_comm_hook(None, fp16_compress_hook)
     hooked.register_forward_hook(lambda *_: seen.append(1))
