@@ -41,7 +41,7 @@ def read_adapter(
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the adapter in {folder} is damaged, perhaps cut off while copying: {error}") from error
 
-# %% ../nbs/api/24_adapters.ipynb #b82b7878
+# %% ../nbs/api/24_adapters.ipynb #8f338b34
 def last_complete_checkpoint(
     folder: str | Path,  # a Trainer's output_dir
 ) -> Path | None:
@@ -60,7 +60,7 @@ def is_complete(checkpoint: Path) -> bool:
         for file in weights:
             with safe_open(file, "pt"):
                 pass
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, RuntimeError, SafetensorError):  # the third: a file that has just gone
         return False
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # each writes the state of its own random numbers
     numbers = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state*.pth"]

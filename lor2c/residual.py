@@ -52,7 +52,7 @@ class Held(threading.local):
     def __reduce__(self) -> tuple:
         return Held, ()
 
-# %% ../nbs/api/13_residual.ipynb #283cbcc3
+# %% ../nbs/api/13_residual.ipynb #d6956bc5
 class LoR2CLayer(nn.Module, BaseTunerLayer):
     """The residuals, one per adapter, that end at one transformer layer.
 
@@ -102,8 +102,9 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         names = self.current()
         inputs = {self.end: x, **{start: self._release(start) for start in {self.start[n] for n in names} - {self.end}}}
         for name in names:
-            source = inputs[self.start[name]].to(h.device)
+            source = inputs[self.start[name]]
             check_stream(h, source, self.width, (self.start[name], self.end))
+            source = source.to(h.device)
             if recompute:
                 h = h + checkpoint(self._read, name, source, delta, use_reentrant=False).to(h.dtype)
             else:
