@@ -158,7 +158,7 @@ CANNOT_FOLD = (
     "matrix equals it. Keep the adapter, or call unload() to get the base model back without it"
 )
 
-# %% ../nbs/api/13_residual.ipynb #972eddd4
+# %% ../nbs/api/13_residual.ipynb #142b2da1
 class HoldInput:
     "Forward pre-hook on the first layer of a span: keeps its input for the residual."
 
@@ -179,9 +179,8 @@ class AddResidual:
         if not self.residual.current():
             return output
         x = hidden_states(layer, args, kwargs)
-        recompute = layer.training and getattr(
-            layer, "gradient_checkpointing", False
-        )  # as transformers asks its layers
+        # as transformers asks its layers
+        recompute = layer.training and getattr(layer, "gradient_checkpointing", False)
         if isinstance(output, tuple):
             return (self.residual(output[0], x, recompute), *output[1:])
         return self.residual(output, x, recompute)
