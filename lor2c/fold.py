@@ -38,7 +38,7 @@ def by_norms(
     f = [down.means()[which] for down in chain.downs]
     return [[f[j] / f[n] for j in before] or [1.0] * chain.double for n, before in enumerate(chain.links)]
 
-# %% ../nbs/api/19_fold.ipynb #b3c1112e
+# %% ../nbs/api/19_fold.ipynb #ab4d4223
 def by_weights(chain: Chain, layers: list[LoraLayer], name: str) -> list[list[float]]:
     """alpha*_{n-k} = f*_{n-k-1} / f*_{n-1}, with f* the norm of a folded weight; 1 where there is none.
 
@@ -55,8 +55,10 @@ def by_weights(chain: Chain, layers: list[LoraLayer], name: str) -> list[list[fl
 @torch.no_grad()
 def folded_weight(layer: LoraLayer, name: str, factor: float) -> Tensor:  # (d', d)
     "W + s * factor * B A, with W dequantised; a tensor of its own. Source: ResLoRA Eq. 7."
-    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
-    W = dequantize_module_weight(layer.get_base_layer()).to(torch.promote_types(A.dtype, torch.float32))
+    A, B, base = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.get_base_layer()
+    if not hasattr(base, "W_q"):  # of HQQ; elsewhere PEFT may write to the module, which is not ours to change
+        base = SimpleNamespace(weight=base.weight, state=getattr(base, "state", None))
+    W = dequantize_module_weight(base).to(torch.promote_types(A.dtype, torch.float32))
     W = W.T if getattr(layer, "fan_in_fan_out", False) else W
     return torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=layer.scaling[name] * factor)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHORTCUTS', 'LORA_NAMES', 'NOT_PLAIN', 'ResLoRAConfig', 'place_of', 'links_of', 'chains_of', 'Chain', 'Factor',
-           'BlockDown', 'BlockUp', 'MeasuredDown', 'InputDown', 'MiddleDown', 'join', 'targets_of', 'link',
+           'BlockDown', 'BlockUp', 'MeasuredDown', 'InputDown', 'MiddleDown', 'join', 'targets_of', 'lists_of', 'link',
            'refuse_unsteady', 'refuse_merge', 'ResLoRAModel']
 
-# %% ../nbs/api/17_reslora.ipynb #99ee43ab
+# %% ../nbs/api/17_reslora.ipynb #21c8cf82
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .compat import LORA_TARGETS, BaseTuner, BaseTunerLayer, LoraLayer, add_peft_type
@@ -27,14 +28,15 @@ from .config import OTHER_NAMES, check_numbers, refuse_other_names, tell_argumen
 from .injection import is_linear, out_features, with_lora
 from .layout import Injection
 from .residual import Held, hidden_states
-from .stack import stacks
+from .stack import named_layers, stacks
 from .tuner import layerdrop, switch, switches, warn_of_frozen_head
 
-# %% ../nbs/api/17_reslora.ipynb #51758895
+# %% ../nbs/api/17_reslora.ipynb #7c7e2b7f
 SHORTCUTS = ("input", "block", "middle")
 LORA_NAMES = {
     **{name: OTHER_NAMES[name] for name in ("lora_alpha", "lora_dropout", "rank")},
     "layers_to_transform": "target_modules, as a regular expression for whole paths",
+    "layers_pattern": "layers (the dotted paths of the lists of layers)",
 }
 
 
@@ -61,6 +63,9 @@ class ResLoRAConfig(PeftConfig):
         default="double",
         metadata={"help": "the input of a block that reads no other, 'input' only: 'double' or 'none'"},
     )
+    layers: list[str] | str | None = field(
+        default=None, metadata={"help": "dotted paths of lists of layers whose modules are linked; None: found"}
+    )
     window: int = field(default=100, metadata={"help": "training forwards over which norms are kept, for folding"})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "modules trained and saved in full, such as a new head"}
@@ -84,11 +89,11 @@ class ResLoRAConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory))
 
-# %% ../nbs/api/17_reslora.ipynb #804d8f0f
+# %% ../nbs/api/17_reslora.ipynb #4b3f1945
 def place_of(path: str, stacks: Iterable[str] = ()) -> tuple[tuple[str, str], int] | None:
     """The chain of a module and its layer: 'encoder.layer.3.query' -> (('encoder.layer', 'query'), 3); None outside.
 
-    `stacks` are paths of known lists of layers; elsewhere the first number is the layer.
+    `stacks` are paths of lists of layers, found or named; elsewhere the first number is the layer.
     """
     for stack in stacks:
         number, _, rest = path.removeprefix(f"{stack}.").partition(".")
@@ -98,7 +103,7 @@ def place_of(path: str, stacks: Iterable[str] = ()) -> tuple[tuple[str, str], in
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     return None if at is None else ((".".join(parts[:at]), ".".join(parts[at + 1 :])), int(parts[at]))
 
-# %% ../nbs/api/17_reslora.ipynb #e1c16ce4
+# %% ../nbs/api/17_reslora.ipynb #5b0221bb
 def links_of(
     shapes: Sequence[tuple[int, int]],  # (in, out) of each block of a chain
     pre_num: int,
@@ -126,11 +131,12 @@ def chains_of(
         raise ValueError(
             "nothing to link: no two target modules have the same name in different numbered layers, and the same shape, "
             f"within pre_num={pre_num}; the layer is the number after a list of transformer layers, or else the first in a "
-            f"path. Found {found}. Target modules that every layer has, or pass pre_num=0 for LoRA"
+            f"path. Found {found}. Target modules that every layer has, name the lists of layers (layers=[...]) if they "
+            "are nested, or pass pre_num=0 for LoRA"
         )
     return [(paths, links) for paths, links in chains if any(links)]
 
-# %% ../nbs/api/17_reslora.ipynb #8ee319db
+# %% ../nbs/api/17_reslora.ipynb #3fb0b9e1
 class Chain:
     "The blocks of an adapter on one module of every layer, and what they hold for one another during a forward."
 
@@ -171,7 +177,13 @@ class Chain:
         )
 
     def with_linked(self, parts: list[nn.Linear], n: int, device: torch.device) -> list[Tensor]:
-        "The weights of block n and of the blocks it reads, of `downs` or of `ups`."
+        "The weights of block n and of the blocks it reads, of `downs` or of `ups`. RuntimeError where some are in shards."
+        for j in self.links[n]:
+            if isinstance(parts[j].weight, DTensor) and not isinstance(parts[n].weight, DTensor):
+                raise RuntimeError(
+                    f"{self.paths[n]} reads weights of {self.paths[j]}, which FSDP keeps in shards: use "
+                    "DistributedDataParallel, or shortcut='input' or 'middle', which read activations"
+                )
         return [parts[j].weight.to(device) for j in (n, *self.links[n])]
 
 # %% ../nbs/api/17_reslora.ipynb #b522d10a
@@ -284,13 +296,21 @@ def targets_of(
             found[path] = (inner.nx if isinstance(inner, Conv1D) else inner.in_features, out_features(inner))
     return found
 
-# %% ../nbs/api/17_reslora.ipynb #278fe788
+# %% ../nbs/api/17_reslora.ipynb #28b18e52
+def lists_of(model: nn.Module, config: ResLoRAConfig) -> list[str]:
+    "Paths of the lists of layers that number the blocks of a chain. ValueError for a path where there is none."
+    given = [config.layers] if isinstance(config.layers, str) else config.layers
+    for path in given or ():
+        named_layers(model, path)
+    return list(stacks(model) if given is None else given)
+
+
 def link(model: nn.Module, name: str, config: ResLoRAConfig) -> None:
     "Connect the blocks of adapter `name` as its configuration says. Source: ResLoRA section 3.2."
     layers = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
     shapes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     double = config.shortcut == "input" and config.first == "double"
-    for paths, links in chains_of(shapes, config.pre_num, stacks(model)):
+    for paths, links in chains_of(shapes, config.pre_num, lists_of(model, config)):
         chain = Chain(paths, links, double)
         for path in paths:
             join(chain, layers[path], name, config)
@@ -322,7 +342,7 @@ def refuse_merge(*args: Any, **kwargs: Any) -> None:
     "What stands in for `merge` and `get_delta_weight` of a LoRA layer; ValueError."
     raise ValueError(NOT_PLAIN)
 
-# %% ../nbs/api/17_reslora.ipynb #5affc511
+# %% ../nbs/api/17_reslora.ipynb #5a5689b3
 class ResLoRAModel(BaseTuner):
     """The ResLoRA tuner, as `get_peft_model(model, ResLoRAConfig(...))` makes it.
 
@@ -337,7 +357,7 @@ class ResLoRAModel(BaseTuner):
     def _prepare_adapter_config(self, config: ResLoRAConfig, model_config: dict) -> ResLoRAConfig:
         config = include_all_linear(super()._prepare_adapter_config(config, model_config), self.model)
         if targets := targets_of(self.model, config):  # PEFT has an error of its own for none
-            chains_of(targets, config.pre_num, stacks(self.model))
+            chains_of(targets, config.pre_num, lists_of(self.model, config))
         if config.pre_num and config.shortcut != "block":
             refuse_unsteady(self.model, targets)
         warn_of_frozen_head(self.model, config)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKS', 'REDUCTIONS', 'draw_directions', 'RMSettings', 'add_regulariser', 'masked_parts', 'clip_all',
-           'RMLoRACallback', 'check_hookable', 'check_pairs', 'check_held']
+           'RMLoRACallback', 'check_hookable', 'check_pairs', 'check_untied', 'check_held']
 
 # %% ../nbs/api/23_rm_lora.ipynb #b8fcec6e
 import math
@@ -304,7 +304,7 @@ def check_hookable(model: nn.Module, optimizer: Any) -> Optimizer:  # the torch 
         raise ValueError("another RMLoRACallback works on this optimizer: call its finish() first, or use only one")
     return inner
 
-# %% ../nbs/api/23_rm_lora.ipynb #09acf781
+# %% ../nbs/api/23_rm_lora.ipynb #4196a6cf
 def check_pairs(pairs: dict[str, LowRankPair], settings: RMSettings) -> None:
     "ValueError where there is no pair, or one has fewer directions than asked for; injected LoRA may have fewer."
     if not pairs:
@@ -316,6 +316,20 @@ def check_pairs(pairs: dict[str, LowRankPair], settings: RMSettings) -> None:
             raise ValueError(
                 f"directions={settings.directions}, but {name} has rank {pair.A.r}: choose 1 to {pair.A.r}"
             )
+    check_untied(pairs)
+
+
+def check_untied(pairs: dict[str, LowRankPair]) -> None:
+    "ValueError where two parameters of pairs are one piece of memory, whose directions would be drawn twice."
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, pair in pairs.items():
+        for p in (pair.A.p, pair.B.p):
+            other, known = first.setdefault(local(p).data_ptr(), (name, p))
+            if known is not p and local(p).numel():
+                raise ValueError(
+                    f"{other} and {name} are tied: two parameters with the same numbers. Use ensure_weight_tying=False in "
+                    "LoraConfig, or target one of them"
+                )
 
 
 def check_held(pairs: dict[str, LowRankPair], optimizer: Optimizer) -> None:

@@ -298,7 +298,7 @@ def check_optimizer(optimizer: Any, model: nn.Module, name: str) -> None:
             "structure or to another model. Make a new one (in a Trainer: trainer.optimizer = None before train())"
         )
 
-# %% ../nbs/api/20_surgery.ipynb #b9e8e907
+# %% ../nbs/api/20_surgery.ipynb #3099033d
 def data_parallel(model: nn.Module, tuner: LoR2CModel) -> list[DistributedDataParallel]:
     """The DistributedDataParallel around a tuner: `model` itself, or the one that a Trainer keeps to itself.
 
@@ -325,8 +325,8 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
         kept["bucket_cap_mb"] = wrapper.bucket_bytes_cap // 2**20
     hooks = {name: value for name, value in vars(wrapper).items() if "hooks" in name and isinstance(value, dict)}
     module, training, reductions = wrapper.module, wrapper.training, wrapper._comm_hooks
-    for p in module.parameters():
-        if p.requires_grad:
+    for name, p in module.named_parameters():
+        if p.requires_grad and name not in wrapper.parameters_to_ignore:
             dist.broadcast(p.data, group_src=0, group=wrapper.process_group)
     del wrapper.reducer
     DistributedDataParallel.__init__(wrapper, module, **kept)

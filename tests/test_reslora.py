@@ -19,11 +19,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from tiny import CLASSIFIERS, DECODER, ENCODER, batch, build, task_type
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 import lor2c
 from lor2c.adapters import describe
 from lor2c.reslora import BlockDown, Chain, InputDown, MeasuredDown, chains_of, links_of, place_of
+from lor2c.stack import named_layers
 
 SHORTCUTS = ("input", "block", "middle")
 READING = ("input", "middle")
@@ -217,6 +219,64 @@ def test_targets_outside_of_layers_get_lora():
     chains = {m.chain for m in t5.modules() if isinstance(m, InputDown)}
     assert len(chains) == 6 and {len(chain.paths) for chain in chains} == {4}  # q, v of encoder, decoder, cross
     assert all(len({path.split(".")[0] for path in chain.paths}) == 1 for chain in chains)
+
+
+class UNet(nn.Module):
+    """Layers in two levels, of other widths in each, as diffusers' UNet2DConditionModel names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [[nn.ModuleDict({"to_q": nn.Linear(d, d)}) for _ in range(2)] for d in (4, 8)]
+        self.down_blocks = nn.ModuleList(nn.ModuleDict({"attentions": nn.ModuleList(b)}) for b in blocks)
+
+    def forward(self, x):
+        for block in self.down_blocks:
+            for layer in block["attentions"]:
+                x = layer["to_q"](x).tanh()
+            x = torch.cat([x, x], dim=-1)
+        return x
+
+
+def test_layers_in_two_levels(tmp_path):
+    """Appendix C of the paper: linked within a level, whose lists are named."""
+    torch.manual_seed(0)
+    base, x = UNet(), torch.randn(2, 3, 4)
+    settings = dict(r=2, target_modules=["to_q"], layers=[f"down_blocks.{i}.attentions" for i in range(2)])
+    assert named_layers(base, settings["layers"][1]) is base.down_blocks[1]["attentions"]
+    model = fill(get_peft_model(copy.deepcopy(base), lor2c.ResLoRAConfig(**settings)))
+    chains = {tuple(m.chain.paths): m.chain.links for m in model.modules() if isinstance(m, BlockDown)}
+    assert chains == {tuple(f"down_blocks.{i}.attentions.{j}.to_q" for j in range(2)): [[], [0]] for i in range(2)}
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(again(x), model.eval()(x))
+    for wrong, message in (
+        ("down", r"layers='down' must name a list.*'down_blocks\.0\.attentions'"),
+        (None, "name the"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(copy.deepcopy(base), lor2c.ResLoRAConfig(**settings | dict(layers=wrong)))
+
+
+def test_under_fsdp():
+    """Weights of other layers are in shards there, so the block shortcut says no; inputs are whole."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for shortcut in ("input", "block"):
+            model, alone = adapted("Llama", shortcut=shortcut), adapted("Llama", shortcut=shortcut)
+            for layer in model.base_model.model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            if shortcut == "block":
+                with pytest.raises(
+                    RuntimeError, match=r"layers\.1.*reads weights of model\.layers\.0.* keeps in shards"
+                ):
+                    model(**batch("Llama"))
+            else:
+                torch.testing.assert_close(model(**batch("Llama")).logits, alone(**batch("Llama")).logits)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_all_linear():
@@ -537,7 +597,7 @@ def test_replicas_and_mixed_batches_are_refused(shortcut):
 
 def minilm(**settings):
     torch.manual_seed(0)
-    base = T.AutoModelForSequenceClassification.from_pretrained(lor2c.demo_model(), num_labels=2).eval()
+    base = T.AutoModelForSequenceClassification.from_pretrained(lor2c.demo_model(), num_labels=2).double().eval()
     return base, {n: p.clone() for n, p in base.named_parameters()}
 
 
@@ -566,9 +626,9 @@ def test_block_shortcuts_fold_exactly(m, tmp_path):
     loaded = PeftModel.from_pretrained(minilm()[0], tmp_path / "plain").eval()
     assert loaded.peft_config["default"].peft_type == "LORA"
     for other in (folded.put_on(minilm()[0]), loaded, loaded.merge_and_unload()):
-        torch.testing.assert_close(other(**b).logits, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other(**b).logits, want, rtol=0, atol=1e-9)
     assert (want - plain).abs().max() > 0.1
-    assert folded.error(model, **b)["max_abs"] < 1e-6 and torch.equal(model(**b).logits, want)
+    assert folded.error(model, **b)["max_abs"] < 1e-9 and torch.equal(model(**b).logits, want)
     left = dict(model.unload().named_parameters())
     assert all(torch.equal(left[n], p) for n, p in weights.items() if "classifier" not in n)
 
@@ -700,6 +760,23 @@ def test_folding_from_weights_on_conv1d(name):
         B, A = layer.lora_B["default"].weight, layer.lora_A["default"].weight
         f.append(torch.linalg.norm(layer.base_layer.weight.T + 3.0 * 2 * B @ A).item())  # alpha* is 1 in both
     torch.testing.assert_close(model.fold("weight").alphas[f"transformer.h.2.attn.{name}"], [f[0] / f[1]], **EXACT)
+
+
+def test_folding_leaves_an_8_bit_base_alone(tmp_path):
+    """PEFT's dequantisation puts the weight of a module on a CPU back without its scales."""
+    pytest.importorskip("bitsandbytes")
+    tiny_llama(hidden_size=32).save_pretrained(tmp_path)
+    base = T.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        quantization_config=T.BitsAndBytesConfig(load_in_8bit=True),
+        device_map={"": "cpu"},
+        dtype=torch.float32,
+    )
+    model = get_peft_model(base, lor2c.ResLoRAConfig(r=2, shortcut="input", pre_num=2, task_type="CAUSAL_LM"))
+    b = batch("Llama")
+    want = fill(model, std=0.1).eval()(**b).logits
+    folded = model.fold("weight")
+    assert torch.equal(model(**b).logits, want) and math.isfinite(folded.error(model, **b)["relative"])
 
 
 def test_folding_middles_by_norms_of_inputs():

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as T
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from tiny import BUILD, DECODER, batch, build, task_type, words_and_rows
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -524,20 +525,37 @@ def test_a_loop_with_accelerate_ends_as_the_trainer(tmp_path, accumulation):
     assert not optimizer.optimizer._optimizer_step_pre_hooks and not optimizer.optimizer._optimizer_step_post_hooks
 
 
+class Moved(TrainerCallback):
+    """Which rows of A each step of a Trainer moves."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, str, list[int]]] = []
+
+    def on_step_begin(self, args, state, control, model=None, **_):
+        self.before = {name: pair.A.rows().clone() for name, pair in low_rank_pairs(model).items()}
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        for name, pair in low_rank_pairs(model).items():
+            rows = (pair.A.rows() != self.before[name]).any(1).nonzero().flatten().tolist()
+            self.seen.append((state.global_step - 1, name, rows))
+
+
 def test_in_trl(tmp_path):
-    """SFTTrainer wraps the model itself."""
+    """SFTTrainer wraps the model itself; in each of its steps the drawn directions move and no others."""
     trl = pytest.importorskip("trl")
     tokenizer, rows = words_and_rows()
     args = trl.SFTConfig(
         tmp_path, num_train_epochs=2, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[], use_cpu=True,
         bf16=False, disable_tqdm=True, max_length=16, save_strategy="no",
     )  # fmt: skip
-    callback = RMLoRACallback(0.1)
+    callback, moved = RMLoRACallback(0.1, 1, mask="update"), Moved()
     trainer = trl.SFTTrainer(
-        build("Llama"), args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback],
+        build("Llama"), args=args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback, moved],
         peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"),
     )  # fmt: skip
     trainer.train()
+    assert len(moved.seen) == 8 * 8
+    assert all(rows == draw_directions(0, step, name, 4, 1) for step, name, rows in moved.seen)
     first, last = callback.history[0], callback.history[-1]
     assert (first["step"], last["step"], len(first["pairs"])) == (0, 8, 8)
     for name, then in first["pairs"].items():
@@ -672,6 +690,13 @@ def test_what_it_cannot_work_on():
     adaptive = get_peft_model(
         build("Llama"), AdaLoraConfig(task_type="CAUSAL_LM", total_step=10, target_modules=["q_proj"])
     )
+    kasa = lora(kasa_config=KasaConfig())
+    blocks = lora(target_modules=["q_proj"], use_bdlora=BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2))
+    both = dict(target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True)
+    tied = get_peft_model(
+        T.LlamaForCausalLM(T.LlamaConfig(**DECODER, tie_word_embeddings=True)),
+        LoraConfig(r=4, task_type="CAUSAL_LM", **both),
+    )
     grouped = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
     with pytest.warns(UserWarning, match="groups > 1"):
         grouped = get_peft_model(grouped, LoraConfig(r=4, target_modules=["0"]))
@@ -681,6 +706,9 @@ def test_what_it_cannot_work_on():
     for attempt, kind, message in [
         (lambda: begun(dora), ValueError, f"{shown} is DoRA, which scales every row"),
         (lambda: begun(adaptive), ValueError, "AdaLoRA, which has a regulariser of its own"),
+        (lambda: begun(kasa), ValueError, "KaSA, which has a diagonal between B and A"),
+        (lambda: begun(blocks), ValueError, "BD-LoRA, which has a block-diagonal matrix"),
+        (lambda: begun(tied), ValueError, r"embed_tokens\.default and lm_head\.default are tied"),
         (lambda: begun(grouped), ValueError, "grouped convolution"),
         (lambda: begun(BUILD["Llama"]()), ValueError, "no trained low-rank pair"),
         (lambda: begun(frozen), ValueError, "no trained low-rank pair"),
