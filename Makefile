@@ -15,7 +15,7 @@ help:                ## this list
 demo: $(VENV)/.demo  ## fine-tune a small encoder on real data: minutes, on a CPU
 	$(BIN)/lor2c demo
 
-test: $(VENV)/.dev   ## every test; long tutorials run at a smaller size
+test: $(VENV)/.dev   ## all but slow tests; long tutorials run at a smaller size
 	LOR2C_CI=1 $(PYTEST) $(TEST_ARGS)
 
 test-all: $(VENV)/.dev  ## every test, slow ones too, tutorials at full size

@@ -199,7 +199,7 @@ def load_instructions(
         raise ValueError(f"{file} holds {columns}, and no row with texts in instruction, input, output")
     return found
 
-# %% ../nbs/api/31_alpaca.ipynb #f47e9bb0
+# %% ../nbs/api/31_alpaca.ipynb #ce295613
 SPLIT_SEED = 2023  # of the held-out rows, never of a run
 
 
@@ -207,7 +207,7 @@ def hold_out(
     found: Rows,
     n: int,  # how many rows to hold out
 ) -> tuple[Rows, list[dict[str, str]]]:  # what is left to train on, and the held-out rows
-    "Split off `n` rows. Raises ValueError unless 1 <= n < number of rows."
+    "Split off `n` rows. ValueError unless 1 <= n < number of rows, and where all others have a prompt that is held out."
     if len(found.rows) < 2:
         raise ValueError("there is one usable row: one to train on and one to hold out are needed, or more")
     if not 1 <= n < len(found.rows):

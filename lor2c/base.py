@@ -113,14 +113,15 @@ def remembered(name: str) -> str:
 
 OWN_MODELS = {"minilm": demo_model, "gemma-270m": gemma_model}
 
-# %% ../nbs/api/29_base.ipynb #2ca9c2c3
+# %% ../nbs/api/29_base.ipynb #bce18c48
 def load_classifier(
     model: str,  # as `find_model`
     labels: Sequence[str] = (),  # names in the order of their numbers; empty for regression
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
     """A pretrained model with a head of one logit per label, in float32, its tokenizer, and the modules that are new.
 
-    Raises OSError where the model cannot be had, ValueError where it is damaged or does not fit.
+    Raises OSError where the model cannot be had, ValueError where it is damaged or does not fit, ImportError for a package
+    that it needs.
     """
     name = remembered(find_model(model))
     kind = "single_label_classification" if labels else "regression"  # not that of an earlier task
@@ -181,7 +182,7 @@ def quantization(how: str, dtype: torch.dtype) -> Any:
     four = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return BitsAndBytesConfig(load_in_4bit=True, **four) if how == "4bit" else BitsAndBytesConfig(load_in_8bit=True)
 
-# %% ../nbs/api/29_base.ipynb #3b23ddec
+# %% ../nbs/api/29_base.ipynb #fabf2239
 def load_decoder(
     model: str,  # as `find_model`
     precision: str = "fp32",  # of the weights: or bf16, fp16
@@ -191,7 +192,7 @@ def load_decoder(
     """A pretrained causal language model, and its tokenizer.
 
     Raises OSError where the model cannot be had, ValueError where it is damaged or no decoder, ImportError for a
-    missing quantisation library.
+    package that it or its quantisation needs.
     """
     if precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(DTYPES)}")

@@ -109,14 +109,14 @@ def scores_by(
         found = (top_share(rows, settings.sfs_k) if settings.sfs_k else mean_singular_value(rows, d)).tolist()
     return dict(zip(values, found, strict=True))
 
-# %% ../nbs/api/21_callback.ipynb #da30029c
+# %% ../nbs/api/21_callback.ipynb #03642e6c
 def choose(
     settings: Settings,
     kind: str,  # "merge" or "inject"
     layout: Layout,
     scores: dict[int, float],
 ) -> dict[str, Any] | None:
-    "What to do, as arguments of `merge_modules` or `inject_lora`; None where no move is legal. Rows 8 to 10, 13."
+    "What to do, as arguments of `merge_modules` or `inject_lora`; None where no move is legal."
     reference = settings.rules == "reference"
     if kind == "inject":
         layer = choose_injection(layout, scores, "highest" if reference else settings.inject)
@@ -138,7 +138,7 @@ def agreed(value: Any) -> Any:
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/api/21_callback.ipynb #0e93f4ce
+# %% ../nbs/api/21_callback.ipynb #a6f89e73
 class IMCallback(TrainerCallback, ExportableState):
     """Merges and injects while any Trainer trains; its arguments are the fields of `lor2c.callback.Settings`.
 
@@ -207,7 +207,7 @@ class IMCallback(TrainerCallback, ExportableState):
         "Between backward and the optimizer's step: note the gradients' sizes where an entry is due."
         tuner = tuner_of(model)
         name = tuner.active_adapters[0]
-        if self.settings.rules == "reference":  # rows 11 and 12: what has come is never trained
+        if self.settings.rules == "reference":  # whose code never trains what has come
             for p in untrained_by_reference(tuner, name):
                 p.grad = None
         if self._entry_at(self.step + 1):

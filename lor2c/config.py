@@ -58,7 +58,7 @@ def check_numbers(r: int, alpha: float, dropout: float) -> None:
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1, found {dropout!r}")
 
-# %% ../nbs/api/12_config.ipynb #e5f12b9b
+# %% ../nbs/api/12_config.ipynb #14ab615a
 @tell_arguments
 @refuse_other_names
 @dataclass
@@ -74,7 +74,10 @@ class LoR2CConfig(PeftConfig):
     alpha: float = field(default=16, metadata={"help": "numerator of the scaling alpha / r"})
     dropout: float = field(default=0.1, metadata={"help": "probability of dropping an entry of the residual's input"})
     spans: list[list[int]] | None = field(
-        default=None, metadata={"help": "[start, end] of each residual, both included; None: one around every layer"}
+        default=None,
+        metadata={
+            "help": "[start, end] of each residual, both included; None: one around every layer without injected LoRA"
+        },
     )
     layers: str | None = field(
         default=None, metadata={"help": "dotted path of the list of layers; None: the model's only stack"}

@@ -186,13 +186,13 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
 
-# %% ../nbs/api/19_fold.ipynb #612afc25
+# %% ../nbs/api/19_fold.ipynb #5e67a34f
 def fold(tuner: ResLoRAModel, how: str = "exact", adapter_name: str = "default", rank: int | None = None) -> Folded:
     """A ResLoRA adapter as plain LoRA: "exact" for block shortcuts, approximated "input" or "weight" for the others.
 
     `rank` cuts each pair, A* (R, d_in) and B* (d_out, R), to the best of that rank. Changes nothing. ValueError where
-    that way does not fit the shortcut, and where norms of inputs are needed but no batch has been run in train mode.
-    Source: ResLoRA section 3.3.
+    that way does not fit the shortcut, where norms of inputs are needed but no batch has been run in train mode, where
+    an alpha* is not finite, and for a rank or adapter that cannot be; TypeError for another tuner. Source: ResLoRA 3.3.
     """
     if not isinstance(tuner, ResLoRAModel):
         raise TypeError(f"a ResLoRA tuner is folded, as in model.fold(), found {type(tuner).__name__}")

@@ -87,7 +87,7 @@ def find_base(
     made = f"was made for {names[0] or names[1]!r}, which is not to be had" if any(names) else "does not say for which"
     raise OSError(f"the adapter in {folder} {made}: say where its base model is now, with model=... (--model)")
 
-# %% ../nbs/api/38_generate.ipynb #787d2a53
+# %% ../nbs/api/38_generate.ipynb #074b9110
 def load_tuned(
     folder: str | os.PathLike,  # as for `find_adapter`
     model: str | None = None,  # base model, as `find_base`
@@ -98,7 +98,7 @@ def load_tuned(
     """A tuned decoder in eval mode, whatever the PEFT method or with all weights tuned, and its tokenizer.
 
     Raises OSError where adapter or base is not there, ValueError where they are damaged, do not fit one another, or are
-    for another task.
+    for another task, ImportError for a package that the model or its quantisation needs.
     """
     found, home = find_adapter(folder), pick_device(device)
     one_of("precision", precision, tuple(DTYPES))

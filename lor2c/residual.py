@@ -185,9 +185,9 @@ class AddResidual:
             return (self.residual(output[0], x, recompute), *output[1:])
         return self.residual(output, x, recompute)
 
-# %% ../nbs/api/13_residual.ipynb #d0c8d35d
+# %% ../nbs/api/13_residual.ipynb #6b87924d
 def hidden_states(layer: nn.Module, args: tuple, kwargs: dict) -> Tensor:  # (batch, seq, d)
-    "What a layer was called with. Raises RuntimeError in a replica of nn.DataParallel, which has no parameters."
+    "What a layer was called with. RuntimeError in a replica of nn.DataParallel; TypeError without hidden states."
     if getattr(layer, "_is_replica", False):
         raise RuntimeError(
             "nn.DataParallel copies a model without its adapters; start one process per GPU instead "

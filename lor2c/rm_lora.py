@@ -37,7 +37,7 @@ def draw_directions(
     "R_t: k distinct numbers below r, the same wherever they are drawn. Source: RM-LoRA Algorithm 1, line 6."
     return sorted(random.Random(f"{seed} {step} {name}").sample(range(r), k))
 
-# %% ../nbs/api/23_rm_lora.ipynb #dccef5e5
+# %% ../nbs/api/23_rm_lora.ipynb #e0bf9480
 MASKS = (None, "gradient", "update")
 REDUCTIONS = ("sum", "mean")
 
@@ -49,7 +49,8 @@ class RMSettings:
     coefficient: of the regulariser. directions: that a step updates, of each pair (None: half of its rank). mask: "gradient",
     "update" (momentum and decay stop as well) or None. share_directions: the same for A's rows and B's columns. squared:
     norms as in Eq. 10. reduction: "sum" or "mean" over matrices. max_grad_norm: clip after all of it. rtol: of the rank in
-    the history. Raises ValueError for numbers and names that cannot be. Source: RM-LoRA section 4.
+    the history. Raises ValueError for numbers and names that cannot be, TypeError for what is none. Source: RM-LoRA
+    section 4.
     """
 
     coefficient: float = 1e-4  # of the regulariser; 0: GM-LoRA
@@ -131,7 +132,7 @@ def clip_all(optimizer: Optimizer, max_norm: float | Tensor) -> None:
     for some in kinds:
         clip_grads_with_norm_(some, max_norm, total)
 
-# %% ../nbs/api/23_rm_lora.ipynb #a04329dc
+# %% ../nbs/api/23_rm_lora.ipynb #437d2685
 class RMLoRACallback(TrainerCallback, ExportableState):
     """RM-LoRA in any Trainer, for any PEFT LoRA and for LoR2C; coefficient=0 is GM-LoRA, mask=None is R-LoRA.
 
@@ -193,7 +194,10 @@ class RMLoRACallback(TrainerCallback, ExportableState):
             self.measure(self._epoch())
 
     def measure(self, epoch: float | None = None) -> dict[str, Any]:
-        "Add an entry to the history: rank and orthogonality of every B A, and its regulariser; from `begin` to `finish`."
+        """Add an entry to the history: rank and orthogonality of every B A, and its regulariser.
+
+        Raises RuntimeError before `begin` and after `finish`, FloatingPointError where training diverged.
+        """
         if self._model is None:
             raise RuntimeError(
                 "there is no model to measure before begin and after finish, which ends a Trainer's training: look at "
@@ -204,8 +208,8 @@ class RMLoRACallback(TrainerCallback, ExportableState):
             try:
                 how = self.settings.squared, self.settings.rtol
                 pairs[name] = measure_pair(pair.A.rows(), pair.B.rows().mT, *how)
-            except ValueError as error:
-                raise ValueError(f"step {self.step}, {name}: {error}") from error
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {self.step}, {name}: {error}") from error
         self.history.append({"step": self.step, "epoch": epoch, "pairs": pairs})
         return self.history[-1]
 

@@ -176,7 +176,7 @@ class Change:
     layout: Layout  # from now on
     parameters: tuple[int, int]  # of the adapter, before and after
 
-# %% ../nbs/api/20_surgery.ipynb #a6e09aae
+# %% ../nbs/api/20_surgery.ipynb #41f8e1bb
 def merge_modules(
     model: nn.Module,  # a PEFT model with LoR2C; also inside DistributedDataParallel
     first: int,  # layer where the lower residual begins
@@ -191,7 +191,8 @@ def merge_modules(
 
     `first` and `second` are the layers, counted from 0, in which they begin. The kept pair is the very same parameters, so
     its optimizer state goes with it. Raises ValueError, before anything has changed, where the two are no neighbours or
-    `keep` is unknown. Source: LoR2C section III-D.
+    `keep` is unknown, TypeError where model or optimizer cannot change, FloatingPointError where training diverged.
+    Source: LoR2C section III-D.
     """
     tuner = tuner_of(model)
     name = adapter_name or tuner.active_adapters[0]
@@ -208,7 +209,7 @@ def merge_modules(
     counts = operate(model, optimizer, name, after, {new: source})
     return Change("merge", new, f"{kept} [{source[0]}..{source[1]}]", after, counts)
 
-# %% ../nbs/api/20_surgery.ipynb #6ae3971c
+# %% ../nbs/api/20_surgery.ipynb #02afc14e
 def inject_lora(
     model: nn.Module,
     layer_idx: int,  # layer whose residual is replaced
@@ -220,8 +221,8 @@ def inject_lora(
     """Replace the residual around a layer by LoRA on that layer's q and v, B zero.
 
     A (r, d_in), B (d_out, r); r is half of the residual's if None, so that the count of parameters stays. Raises
-    ValueError, before anything has changed, where the residual is merged or the layer has no q and v.
-    Source: LoR2C section III-D, Fig. 5.
+    ValueError, before anything has changed, where the residual is merged or the layer has no q and v, TypeError where
+    model or optimizer cannot change. Source: LoR2C section III-D, Fig. 5.
     """
     tuner = tuner_of(model)
     name = adapter_name or tuner.active_adapters[0]
@@ -370,7 +371,7 @@ def shard_residuals(
                     dist.broadcast(p.data, src=0)  # each process drew its own
                 fully_shard(part, **how)
 
-# %% ../nbs/api/20_surgery.ipynb #ee5d63d4
+# %% ../nbs/api/20_surgery.ipynb #afeec3e8
 def is_sharded(tuner: LoR2CModel) -> bool:
     "Whether `shard_residuals` has been here."
     return hasattr(tuner, "sharding")
@@ -385,7 +386,7 @@ def check_units(tuner: LoR2CModel) -> None:
 
 
 def check_sharding(tuner: LoR2CModel, name: str) -> None:
-    "TypeError where the residuals are sharded as part of a larger unit, which would keep the old ones."
+    "TypeError where residuals are sharded as part of a larger unit, which would keep the old ones; ValueError as `check_units`."
     if is_sharded(tuner):
         check_units(tuner)
     elif any(isinstance(p, DTensor) for p in parameters_of(tuner, name)):

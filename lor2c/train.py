@@ -540,13 +540,15 @@ def scored_by_loss(job: Job) -> dict[str, Any]:
         compute_metrics=lambda out: held_out_loss(out.predictions),
     )
 
-# %% ../nbs/api/33_train.ipynb #f46f4002
+# %% ../nbs/api/33_train.ipynb #9a31ce15
 def carry_out(
     job: Job,
 ) -> dict[str, Any]:  # the record, as in record.json
     """Train what `prepare` has made ready; leaves record.json and adapter/ (model/ for full) in the job's folder.
 
-    Raises BlockingIOError where another process trains there, FloatingPointError where training diverges, MemoryError."""
+    Raises BlockingIOError where another process trains there, FloatingPointError where training diverges, MemoryError, and
+    FileNotFoundError where the best epoch's checkpoint is gone.
+    """
     if job.record:
         return job.record
     if job.args.process_index:
@@ -624,7 +626,7 @@ def announce(job: Job, checkpoint: Path | None) -> None:
         why = "adalora cannot go on" if run.method == "adalora" else "no checkpoint is whole"
         print(f"{why}: from the start", flush=True)
 
-# %% ../nbs/api/33_train.ipynb #a56c8752
+# %% ../nbs/api/33_train.ipynb #0da7da1c
 def train(
     run: Run,
     output_dir: str | Path,
@@ -632,6 +634,7 @@ def train(
 ) -> dict[str, Any]:  # the record, as in output_dir/record.json
     """Fine-tune as `run` says; leaves record.json and adapter/ (model/ for full) in output_dir.
 
-    Raises ValueError, OSError or ImportError before anything is trained or written where the input does not fit.
+    Raises ValueError, OSError or ImportError before anything is trained or written where the input does not fit; then as
+    `carry_out`.
     """
     return carry_out(prepare(run, output_dir, resume))

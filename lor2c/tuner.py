@@ -27,11 +27,12 @@ from .residual import CANNOT_FOLD, LoR2CLayer, attach, pairs_of, remove_unused, 
 from .share import shared_A, tie, with_copies, without_copies
 from .stack import find_layers, stream_width
 
-# %% ../nbs/api/16_tuner.ipynb #c378a8f9
+# %% ../nbs/api/16_tuner.ipynb #01a32ae9
 class LoR2CModel(BaseTuner):
     """The LoR2C tuner, as `get_peft_model(model, LoR2CConfig(...))` makes it.
 
-    Raises ValueError where the model's layers are not found, a span does not fit, or folding is asked for.
+    Raises ValueError where the model's layers are not found, a span does not fit, or folding is asked for while
+    there are residuals.
     Source: LoR2C section III-B; `set_layout` is what section III-D's merges and injections are made of.
     """
 

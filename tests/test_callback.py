@@ -109,7 +109,7 @@ def test_the_reference_rules_do_what_the_reference_code_does(tmp_path):
 
 
 def test_rules_choose_the_opposite_on_the_same_spectra():
-    """Rows 7 to 9: with sfs_k the reference merges what the paper would keep."""
+    """With sfs_k the reference merges what the paper would keep."""
     values = {0: [4.0, 0.1], 1: [4.0, 0.1], 2: [2.0, 2.0], 3: [2.0, 1.9]}  # two concentrated, two spread out
     spectra, layout = {t: torch.tensor(v) for t, v in values.items()}, Layout(4, ((0, 0), (1, 1), (2, 2), (3, 3)))
     chosen = {}

@@ -597,6 +597,15 @@ def test_a_training_goes_on_after_an_injection_of_fewer_directions():
         RMLoRACallback(directions=5).check(model)
 
 
+def test_a_pair_that_diverged_is_named():
+    model, callback = spread(lora()), RMLoRACallback()
+    callback.begin(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"step 0, model\.layers\.0\.self_attn\.q_proj\.default: .*diverged"):
+        callback.measure()
+    callback.finish()
+
+
 def test_the_last_step_is_in_the_history(tmp_path):
     """Also where it is not the end of an epoch; and there is nothing to measure once training is over."""
     callback = RMLoRACallback(0.05)
