@@ -126,7 +126,7 @@ def measure(run: Run, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = parser_of(__doc__, 8, None, "as lor2c glue --model minilm, if not given")
+    parser = parser_of(__doc__, 8, 3e-3, "the best on the demo's rows")
     parser.add_argument("--method", required=True, choices=("lora", "lor2c"))
     asked = parser.parse_args()
     measure(run_of(asked, asked.method), asked.output)

@@ -142,7 +142,7 @@ def finish(trainer: Trainer, job: Job, record: dict, path: Path) -> None:
     write(path, record | {"versions": versions()})
 
 
-def parser_of(description: str, epochs: int, lr: float | None, lr_help: str) -> argparse.ArgumentParser:
+def parser_of(description: str, epochs: int, lr: float, lr_help: str) -> argparse.ArgumentParser:
     """What the two scripts are asked for alike."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="folder of GLUE")

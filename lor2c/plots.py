@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['COLOURS', 'LOOKS', 'MARKS', 'plot_runs', 'task_and_metric', 'constant_answer', 'draw_run', 'Block', 'blocks_of',
            'held', 'layers_of', 'plot_structure', 'draw_block', 'draw_move', 'limits_of', 'moves_of', 'score_of',
-           'best_of', 'plot_grid', 'draw_grid', 'draw_cell', 'names_of', 'plot_comparison', 'draw_contender',
-           'plot_scores', 'plot_singular_values', 'draw_curves', 'spectra_of', 'plot_spectra', 'gradient_ratio',
-           'plot_gradient_ratio', 'draw_ratio', 'draw_surface', 'save_picture']
+           'best_of', 'plot_grid', 'draw_grid', 'draw_cell', 'names_of', 'plot_comparison', 'side_by_side',
+           'draw_contender', 'plot_scores', 'plot_singular_values', 'draw_curves', 'spectra_of', 'plot_spectra',
+           'gradient_ratio', 'plot_gradient_ratio', 'draw_ratio', 'draw_surface', 'save_picture']
 
-# %% ../nbs/api/34_plots.ipynb #8367bab7
+# %% ../nbs/api/34_plots.ipynb #a0873875
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -241,7 +241,7 @@ def draw_cell(axes: Axes, x: int, y: int, record: dict[str, Any] | None, reachab
         axes.text(x, y, f"{score_of(record):.3f}{star}", ha="center", va="center", fontsize=9.5, color=ink)
     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, lw=0.5, hatch=None if reachable else "///", **look))
 
-# %% ../nbs/api/34_plots.ipynb #8d1b61ab
+# %% ../nbs/api/34_plots.ipynb #eb65e076
 def names_of(
     records: Sequence[dict[str, Any]],
 ) -> list[str]:  # one for each record
@@ -261,7 +261,10 @@ def plot_comparison(
     records: Sequence[dict[str, Any]],  # of several methods, tasks, seeds
     names: Sequence[str] | None = None,  # of the contenders, one for each record; None: as `names_of` finds them
 ) -> Figure:
-    "Best epoch's score against trained numbers, a panel for each task. Raises ValueError for no records."
+    """Best epoch's score against trained numbers, a panel for each task; contenders of one size are drawn side by side.
+
+    Raises ValueError for no records.
+    """
     tasks = list(dict.fromkeys(record["task"] for record in records))
     if not tasks:
         raise ValueError("no records to compare")
@@ -272,9 +275,10 @@ def plot_comparison(
     looks = dict(zip(dict.fromkeys(names), product("osD^v", COLOURS), strict=False))
     for axes, task in zip(panels[0], tasks, strict=True):
         here = {n: [r for r, m in zip(records, names, strict=True) if m == n and r["task"] == task] for n in looks}
+        here = {name: some for name, some in here.items() if some}
+        sizes = side_by_side({n: mean(r["trainable_parameters"] for r in some) for n, some in here.items()})
         for name, some in here.items():
-            if some:
-                draw_contender(axes, some, name, *looks[name])
+            draw_contender(axes, some, sizes[name], name, *looks[name])
         axes.axhline(constant_answer(records, task), color="grey", ls="--", lw=1)
         metric = next(r["metrics"]["chosen_by"] for r in records if r["task"] == task)
         axes.set(xscale="log", title=task, xlabel="trained parameters", ylabel=metric.replace("_", " "))
@@ -284,10 +288,23 @@ def plot_comparison(
     return figure
 
 
-def draw_contender(axes: Axes, records: Sequence[dict[str, Any]], name: str, marker: str, colour: str) -> None:
+def side_by_side(
+    sizes: Mapping[str, float],  # contender -> trained numbers
+) -> dict[str, float]:
+    "Where to draw each on a logarithmic axis: those of one size next to one another around it."
+    step = max(1.02, (max(sizes.values()) / min(sizes.values())) ** 0.025)
+    placed = {}
+    for size in sizes.values():
+        same = [name for name in sizes if sizes[name] == size]
+        placed |= {name: size * step ** (i - (len(same) - 1) / 2) for i, name in enumerate(same)}
+    return placed
+
+
+def draw_contender(
+    axes: Axes, records: Sequence[dict[str, Any]], size: float, name: str, marker: str, colour: str
+) -> None:
     "Mean over seeds, and one standard deviation to each side."
     scores = [score_of(record) for record in records]
-    size = mean(record["trainable_parameters"] for record in records)
     spread = stdev(scores) if len(scores) > 1 else None
     axes.errorbar(size, mean(scores), spread, marker=marker, color=colour, ls="", ms=6, capsize=3, lw=1, label=name)
 

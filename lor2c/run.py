@@ -63,7 +63,7 @@ HAVE = {  # setting: the methods that have it
     **dict.fromkeys(("schedule", "score", "sfs_k", "rules"), tuple(CHANGING)),
 }
 
-# %% ../nbs/api/32_run.ipynb #c51089fb
+# %% ../nbs/api/32_run.ipynb #ef40fd6b
 @dataclass(frozen=True)
 class Run:
     """Settings of one fine-tuning run; `glue_run`, `demo_run` and `alpaca_run` fill in the defaults of a task.
@@ -118,7 +118,8 @@ class Run:
             raise ValueError(f"method {self.method!r} reads activations that checkpointing does not keep: leave it out")
         for name, methods in HAVE.items():
             if getattr(self, name) != getattr(Run, name) and self.method not in methods:
-                raise ValueError(f"method {self.method!r} has no {name}: choose one of {', '.join(methods)}")
+                own = "; LoRA with it is method 'rmlora'" if name == "rm" else ""
+                raise ValueError(f"method {self.method!r} has no {name}: choose one of {', '.join(methods)}{own}")
             if name.startswith("rm_") and getattr(self, name) != getattr(Run, name) and not any(self.rm_parts()):
                 raise ValueError(f"{name} is for method {self.method!r} with rm=True (--rm)")
         self.settings()
@@ -158,7 +159,7 @@ def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
 
-# %% ../nbs/api/32_run.ipynb #e238349d
+# %% ../nbs/api/32_run.ipynb #5fe12421
 RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
     "mnli": (30, 128, 256, 5e-4),
     "mrpc": (30, 64, 256, 4e-4),
@@ -172,7 +173,7 @@ RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)
 }
 OWN_LR = {"full": 2e-5, "head": 1e-2}  # full: the usual; head: the best of three on MRPC, see the tutorial on GLUE
 DEMO_LR = {"full": 5e-5, "head": 1e-1, "adalora": 3e-2, "loha": 1e-2, "lokr": 1e-2}  # other adapters: 2e-3
-MINILM_LR = 3e-3  # on GLUE with the demo's encoder, for adapters without a rate of their own above
+MINILM_LR = 1e-3  # on GLUE with the demo's encoder, for adapters without a rate of their own above
 
 # %% ../nbs/api/32_run.ipynb #4dc2901f
 def glue_run(
@@ -205,13 +206,13 @@ def demo_run(
     )
     return replace(run, **{name: value for name, value in changes.items() if value is not None})
 
-# %% ../nbs/api/32_run.ipynb #047a3a62
+# %% ../nbs/api/32_run.ipynb #34ca93f4
 def alpaca_run(
     method: str,
     model: str,
     **changes: Any,  # any field of Run; None keeps the default
 ) -> Run:
-    "A run on instruction data with the settings of the LoR2C paper, section IV-B, changed where asked."
+    "A run on instruction data with the settings of the LoR2C paper, section IV-C, and of its script, changed where asked."
     one_of("method", method, METHODS)
     given = {name: value for name, value in changes.items() if value is not None}
     settings: dict[str, Any] = dict.fromkeys(CHANGING.get(method, ()), 3)
