@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from workers.training import model
 
@@ -139,6 +140,20 @@ def test_what_a_change_leaves_is_trained(folder, name):
         found = read(folder, name, rank)
         assert found["changed"].keys() == found["parameters"].keys() and all(found["changed"].values())
         assert any("lora_A" in key for key in found["changed"])
+
+
+def test_a_rebuild_sends_what_is_trained_and_not_ignored(monkeypatch):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+        module[1].requires_grad_(False)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["0.weight"])
+        wrapper, sent = DistributedDataParallel(module), []
+        monkeypatch.setattr(surgery.dist, "broadcast", lambda tensor, **_: sent.append(tensor.data_ptr()))
+        surgery.rebuild(wrapper)
+        assert sent == [p.data_ptr() for p in (module[0].bias, module[2].weight, module[2].bias)]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_without_the_rebuild_processes_part(runs):
