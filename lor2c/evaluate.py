@@ -552,7 +552,7 @@ def notes_of(
             notes.append(f"{name}: {BENCHMARKS[owners[name]].note}")
     return notes
 
-# %% ../nbs/api/39_evaluate.ipynb #7bc4b6c9
+# %% ../nbs/api/39_evaluate.ipynb #a774bca9
 def evaluate(
     model: nn.Module,  # a causal language model of transformers, with or without adapters of PEFT
     tokenizer: PreTrainedTokenizerBase,
@@ -565,7 +565,8 @@ def evaluate(
 ) -> dict[str, Any]:  # ready for JSON: harness, tasks, notes, settings, versions, seconds
     """Benchmarks by the lm-evaluation-harness, with the shots of LoR2C's section IV-C where it has them.
 
-    `markdown` makes a table of it. Raises ValueError, TypeError, FileNotFoundError, ImportError or ConnectionError before the model is used.
+    `markdown` makes a table of it. Raises ValueError, TypeError, FileNotFoundError, ImportError or ConnectionError before
+    the model is used.
     """
     start = time.perf_counter()
     owners = check_tasks(tasks, data_dir, limit, run_code, template)
