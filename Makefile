@@ -4,10 +4,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
 TEST_ARGS ?=
+# CI keeps a CPU wheel of this torch at hand; a newer one would bring gigabytes of CUDA libraries with it.
+TORCH = 2.13.0
 # As many tests at a time as there are cores, up to four, each with one thread of torch: twice as fast as one with two.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: help demo test test-all docs readme export clean
+.PHONY: help demo test test-all docs readme export lock clean
 
 help:                ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -31,6 +33,11 @@ export: $(VENV)/.dev  ## lor2c/ and README.md from the notebooks, cleaned: befor
 	PATH="$(abspath $(BIN)):$$PATH" nbdev_export
 	PATH="$(abspath $(BIN)):$$PATH" nbdev_clean
 	$(BIN)/python tools/readme.py
+
+lock: | $(BIN)/pip    ## constraints.txt: every version that make and CI install, from settings.ini
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	echo "torch==$(TORCH)" | $(BIN)/uv pip compile setup.py --all-extras --upgrade --universal --python-version 3.11 \
+		--no-annotate --quiet --custom-compile-command "make lock" --constraint - --output-file constraints.txt
 
 clean:               ## remove what is generated and not committed, $(VENV) apart
 	rm -rf _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .ruff_cache .hypothesis
