@@ -20,10 +20,10 @@ from spectrum import describe, finish, parser_of, rounded, run_of, trainer_of, w
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lor2c.residual import residuals
-from lor2c.run import Run
-from lor2c.stack import find_layers
-from lor2c.train import prepare
+from lor2c.runs.settings import Run
+from lor2c.runs.train import prepare
+from lor2c.tuners.residual import residuals
+from lor2c.tuners.stack import find_layers
 
 KEYS = ("input_ids", "attention_mask", "token_type_ids", "labels")
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from lor2c.residual import hidden_states, pairs_of
-from lor2c.run import Run, glue_run
-from lor2c.stack import find_layers, stream_width
-from lor2c.train import Job, make_trainer, prepare, versions
+from lor2c.runs.settings import Run, glue_run
+from lor2c.runs.train import Job, make_trainer, prepare, versions
+from lor2c.tuners.residual import hidden_states, pairs_of
+from lor2c.tuners.stack import find_layers, stream_width
 
 TOP, EACH = 50, 16  # singular values in the record; so many or fewer are kept for each layer as well
 

@@ -24,10 +24,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lor2c import LoR2CConfig
-from lor2c.base import load_classifier, load_decoder
-from lor2c.injection import find_qv
-from lor2c.residual import pairs_of
-from lor2c.stack import find_layers
+from lor2c.data.base import load_classifier, load_decoder
+from lor2c.tuners.injection import find_qv
+from lor2c.tuners.residual import pairs_of
+from lor2c.tuners.stack import find_layers
 
 SENTENCES = [
     "The rain had stopped, and the street began to dry in the morning sun.",

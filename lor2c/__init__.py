@@ -17,20 +17,20 @@ And what is useful beside them:
     last_complete_checkpoint     where to resume a Trainer that was killed
     demo_model                   the folder of a small pretrained encoder
 
-Whole runs are in lor2c.run and lor2c.train, lor2c.sweep, lor2c.compare, lor2c.generate and lor2c.evaluate, and behind the
+Whole runs are in lor2c.runs.settings and lor2c.runs.train, lor2c.experiments.sweep, lor2c.experiments.compare, lor2c.inference.generate and lor2c.inference.evaluate, and behind the
 command `lor2c`; every other module is a page of the site's API.
 """
 
 __version__ = "0.1.0"
 
-from lor2c.adapters import last_complete_checkpoint
-from lor2c.callback import IMCallback
-from lor2c.config import LoR2CConfig
-from lor2c.residual import LoR2CLayer
-from lor2c.reslora import ResLoRAConfig, ResLoRAModel
-from lor2c.rm_lora import RMLoRACallback
-from lor2c.surgery import inject_lora, merge_modules
-from lor2c.tuner import LoR2CModel
+from lor2c.inference.adapters import last_complete_checkpoint
+from lor2c.training.imlor2c import IMCallback
+from lor2c.tuners.config import LoR2CConfig
+from lor2c.tuners.residual import LoR2CLayer
+from lor2c.tuners.reslora import ResLoRAConfig, ResLoRAModel
+from lor2c.training.rm_lora import RMLoRACallback
+from lor2c.training.surgery import inject_lora, merge_modules
+from lor2c.tuners.lor2c import LoR2CModel
 
 __all__ = [
     "IMCallback",
@@ -52,6 +52,6 @@ def demo_model() -> str:
 
     Raises ImportError where that is not installed: pip install "lor2c[demo]".
     """
-    from lor2c.base import demo_model as find  # datasets and sklearn are not needed to load an adapter
+    from lor2c.data.base import demo_model as find  # datasets and sklearn are not needed to load an adapter
 
     return find()

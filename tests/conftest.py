@@ -21,7 +21,7 @@ BIN = Path(sys.executable).parent
 # What nobody commits; the stars are for `.venv-3.12`, `lor2c.egg-info` and the like.
 NOT_OURS = shutil.ignore_patterns(
     ".git", ".venv*", "venv", "__pycache__", "*.egg-info", "build", "dist", ".*_cache", ".hypothesis",
-    ".ipynb_checkpoints", "_proc", "_docs", "runs", "nbdev.yml", "sidebar.yml", "shared",
+    ".ipynb_checkpoints", "_proc", "_docs", "nbdev.yml", "sidebar.yml", "shared",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def repository(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def glue_data(tmp_path_factory) -> Path:
     """A GLUE folder with a small sst2 made of real snippets."""
-    from lor2c.data import load_demo  # not above: most tests need no torch
+    from lor2c.data.glue import load_demo  # not above: most tests need no torch
 
     folder = tmp_path_factory.mktemp("glue") / "sst2"
     folder.mkdir()

@@ -11,12 +11,21 @@ from statistics import median
 import pytest
 from conftest import ROOT, copy_repository, notebooks, run
 
-MODULES = sorted(p for p in (ROOT / "lor2c").glob("*.py") if p.name != "_modidx.py")
-API = [p for p in notebooks() if p.parent.name == "api"]
+PACKAGE = ROOT / "lor2c"
+# The package of a floor says nothing by itself.
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "_modidx.py" and p.read_text("utf-8").strip())
+API = [p for p in notebooks() if "api" in p.parts]
 TUTORIALS = [p for p in notebooks() if p.parent.name == "tutorials"]
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-each_notebook = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
-each_api = pytest.mark.parametrize("path", API, ids=lambda p: p.stem)
+
+
+def dotted(module: Path) -> str:
+    """The name that a module has inside lor2c: `maths.lowrank`."""
+    return ".".join(module.relative_to(PACKAGE).with_suffix("").parts)
+
+
+each_module = pytest.mark.parametrize("path", MODULES, ids=dotted)
+each_notebook = pytest.mark.parametrize("path", notebooks(), ids=str)
+each_api = pytest.mark.parametrize("path", API, ids=str)
 
 
 def cells(path: Path, kind: str) -> list[dict]:
@@ -52,8 +61,8 @@ def difference(before: dict, after: dict) -> list[str]:
 
 def test_export_leaves_no_difference(repository: Path) -> None:
     before = snapshot(repository)
-    for module in (repository / "lor2c").glob("*.py"):
-        if module.name != "__init__.py":  # a module whose notebook is gone must not survive
+    for module in (repository / "lor2c").rglob("*.py"):
+        if not module.name.startswith("__"):  # a module whose notebook is gone must not survive
             module.unlink()
     run("nbdev_export", cwd=repository)
     assert difference(before, snapshot(repository)) == [], "run `make export`; edit notebooks, never lor2c/"
@@ -67,7 +76,7 @@ def test_clean_leaves_no_difference(repository: Path) -> None:
 
 def test_every_api_notebook_has_its_module() -> None:
     exported = {re.search(r"#\| *default_exp (\S+)", "\n".join(map(source, cells(p, "code"))))[1] for p in API}
-    assert exported | {"__init__"} == {m.stem for m in MODULES}
+    assert exported | {"__init__", "__main__"} == {dotted(m) for m in MODULES}
 
 
 def test_quarto_config_is_a_relative_link() -> None:
@@ -149,7 +158,7 @@ def test_functions_are_short() -> None:
         text = path.read_text("utf-8")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                length[f"{path.stem}.{node.name}:{node.lineno}"] = code_lines(node, text.splitlines())
+                length[f"{dotted(path)}.{node.name}:{node.lineno}"] = code_lines(node, text.splitlines())
     assert {name: n for name, n in length.items() if n > 40} == {}
     assert median(length.values()) <= 9
 
@@ -158,7 +167,7 @@ def test_functions_are_short() -> None:
 
 EXPORT, SILENT = re.compile(r"^#\| *exports?\b", re.M), re.compile(r"^#\| *(exports?|eval: *false)\b", re.M)
 CHECK = re.compile(r"^ *(assert|raise AssertionError)\b|\b(assert_close|gradcheck|raises|refused)\(", re.M)
-TREES = {path.stem: ast.parse(path.read_text("utf-8")) for path in MODULES}
+TREES = {dotted(path): ast.parse(path.read_text("utf-8")) for path in MODULES}
 
 
 def public(tree: ast.AST) -> list[ast.FunctionDef | ast.ClassDef]:
@@ -168,7 +177,7 @@ def public(tree: ast.AST) -> list[ast.FunctionDef | ast.ClassDef]:
 @each_module
 def test_public_names_have_docstrings(path: Path) -> None:
     """Of three words or more; methods that torch or a Trainer calls, `forward` and `on_...`, have their base's."""
-    names = [(n.name, n) for n in public(TREES[path.stem])]
+    names = [(n.name, n) for n in public(TREES[dotted(path)])]
     classes = [node for _, node in names if isinstance(node, ast.ClassDef)]
     names += [(f"{c.name}.{n.name}", n) for c in classes for n in public(c) if not re.match("on_|forward$", n.name)]
     assert [name for name, node in names if len((ast.get_docstring(node) or "").split()) < 3] == []
@@ -186,12 +195,13 @@ def test_public_names_have_prose(path: Path) -> None:
     assert not lacking, f"no prose above the cell that says what these are for: {', '.join(lacking)}"
 
 
-def known(tree: ast.AST) -> dict[str, str]:
-    """What code imports from lor2c: name here -> full name."""
+def known(tree: ast.AST, package: str = "lor2c") -> dict[str, str]:
+    """What code, of a module in `package`, imports from lor2c: name here -> full name."""
     found = {"lor2c": "lor2c"}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] == "lor2c"):
-            module = f"lor2c.{node.module}" if node.level else node.module
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
             found |= {one.asname or one.name: f"{module}.{one.name}" for one in node.names}
     return found
 
@@ -242,7 +252,7 @@ def test_public_names_are_asserted() -> None:
     """
     found = list(pieces())
     asserted = set().union(*(names for names, checks in found if checks))
-    outside = set().union(*(names for names, _ in found), *(set(known(tree).values()) for tree in TREES.values()))
+    outside = set().union(*(names for names, _ in found), *(set(known(tree, f"lor2c.{name}".rpartition(".")[0]).values()) for name, tree in TREES.items()))
     lacking = {}
     for module, tree in TREES.items():
         calls: dict[str, set[str]] = {}  # what each function, class and constant of the module mentions
@@ -276,8 +286,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_library_and_nothing_else(installed: Path) -> None:
     assert sorted(p.name for p in installed.iterdir() if p.suffix != ".dist-info") == ["bin", "lor2c"]
     assert [p.name for p in (installed / "bin").iterdir()] == ["lor2c"]
-    files = {p.name for p in (installed / "lor2c").iterdir() if p.name != "__pycache__"}
-    assert files == {m.name for m in MODULES} | {"_modidx.py", "py.typed"}
+    files = {p.relative_to(installed / "lor2c") for p in (installed / "lor2c").rglob("*.*") if p.suffix != ".pyc"}
+    assert files == {p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py")} | {Path("py.typed")}
 
 
 def test_wheel_metadata(installed: Path) -> None:
@@ -285,7 +295,7 @@ def test_wheel_metadata(installed: Path) -> None:
     text = metadata.read_text("utf-8")
     for line in ("Name: lor2c", "License: Apache-2.0", "Provides-Extra: demo"):
         assert f"\n{line}\n" in text
-    assert "lor2c = lor2c.cli:main" in metadata.with_name("entry_points.txt").read_text("utf-8")
+    assert "lor2c = lor2c.cli.main:main" in metadata.with_name("entry_points.txt").read_text("utf-8")
 
 
 READ = """
@@ -294,7 +304,7 @@ sys.modules |= dict.fromkeys(ABSENT)
 import MODULES
 print(lor2c.__file__, pydoc.render_doc(lor2c.LoR2CConfig, renderer=pydoc.plaintext), sep="\\f", end="\\f")
 os.environ["COLUMNS"] = "80"
-parser = lor2c.flags.make_parser()
+parser = lor2c.cli.flags.make_parser()
 [commands] = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
 print(parser.format_help(), *(c.format_help() for c in commands.values()), sep="\\n", end="\\f")
 print(*(f"{name}: {a.option_strings}" for name, c in commands.items() for a in c._actions if len(a.help.split("(")[0]) < 4))
@@ -304,7 +314,7 @@ print(*(f"{name}: {a.option_strings}" for name, c in commands.items() for a in c
 @pytest.fixture(scope="module")
 def read(installed: Path) -> list[str]:
     """What a user of the wheel reads, where nbdev, fastcore and IPython are not installed: where it is, two helps, gaps."""
-    names = ", ".join(f"lor2c.{m.stem}" for m in MODULES if m.stem != "__init__")
+    names = ", ".join(f"lor2c.{dotted(m)}" for m in MODULES if not m.stem.startswith("__"))
     absent = "nbdev", "fastcore", "execnb", "IPython", "ipykernel", "nbformat"
     code = READ.replace("ABSENT", repr(absent)).replace("MODULES", names)
     return run("python", "-c", code, cwd=installed).split("\f")

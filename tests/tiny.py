@@ -1,12 +1,15 @@
-"""Tiny random models of ten families, eleven stacks: the columns of the contract."""
+"""Tiny random models of ten families, eleven stacks: the columns of the contract; and adapters on them."""
 
 from pathlib import Path
 
 import torch
 import transformers as T
 from datasets import Dataset
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
+
+import lor2c
 
 ENCODER = dict(
     vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
@@ -156,3 +159,36 @@ def decoder_folder(folder: Path) -> str:
     T.LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+SPANS = [[0, 0], [1, 3]]
+
+
+def adapted(stack: str, dtype: torch.dtype = torch.float32, std: float = 0.2, **config):
+    """The stack's base with residuals whose B is random (std=0: as created)."""
+    settings = dict(r=2, alpha=4, dropout=0.0, spans=SPANS, layers=layers_path(stack), task_type=task_type(stack))
+    if stack == "ViT":
+        settings["modules_to_save"] = ["classifier"]
+    model = get_peft_model(build(stack, dtype), lor2c.LoR2CConfig(**settings | config)).eval()
+    torch.manual_seed(1)
+    if std:
+        for name, p in model.named_parameters():
+            if "lor2c_B" in name:
+                torch.nn.init.normal_(p, std=std)
+    return model
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def written_out(h, layer, depth, residuals):
+    """h[b+1] = Layer(h[b]) + scaling * B A h[a], with rows for vectors. Returns all hidden states."""
+    states = [h]
+    for t in range(depth):
+        h = layer(t, h)
+        for (start, end), (A, B, scaling) in residuals.items():
+            if end == t:
+                h = h + scaling * (states[start] @ A.transpose(0, 1)) @ B.transpose(0, 1)
+        states.append(h)
+    return states

@@ -73,7 +73,7 @@ get_config()["renderer"] = "docs.Renderer"  # nbdev imports it by this name
 
 class Filter(FilterDefaults):
     """What nbdev does to each notebook, and more: each exported definition in a cell of its own, below its documentation;
-    long sources folded; a link to Colab below the title.
+    long sources folded; the name of its module and a link to Colab below the title.
     """
 
     def __call__(self, nb: dict) -> None:
@@ -83,7 +83,8 @@ class Filter(FilterDefaults):
             lines = cell.source.count("\n") - 1  # two lines are options
             if "#| code-fold: show" in cell.source and lines > SEEN_AT_ONCE:
                 cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true", 1)
-        nb.cells.insert(1, mk_cell(colab(Path(nb.path_)), "markdown"))  # the first cell is front matter: the title
+        where = "\n\n".join(filter(None, (module_line(nb), colab(Path(nb.path_)))))
+        nb.cells.insert(1, mk_cell(where, "markdown"))  # the first cell is front matter: the title
 
 
 nbdev.serve.FilterDefaults = Filter  # `proc_nbs` takes no other
@@ -103,6 +104,12 @@ def pieces(cell: dict) -> list[dict]:
     return [{**bare, "source": s, "outputs": o} for s, o in zip(sources, outputs, strict=True)]
 
 
+def module_line(nb: dict) -> str:
+    """Where Python finds what a page of the API defines; nothing for other pages."""
+    name = next((m[1] for c in nb.cells if (m := re.search(r"^#\| *default_exp (\S+)", c.source, re.M))), None)
+    return f"`lor2c.{name}`{{.module}}" if name else ""
+
+
 def colab(notebook: Path) -> str:
     """The link that opens a notebook in Colab, and what its reader runs first: pages read files of the repository."""
     cfg = get_config()
@@ -112,7 +119,7 @@ def colab(notebook: Path) -> str:
 
 
 class NbdevSite(Site):
-    """A smalldocs site whose pages are named as nbdev names them: `api/00_lowrank.ipynb` becomes `api/lowrank.html`."""
+    """A smalldocs site whose pages are named as nbdev names them: `00_lowrank.ipynb` becomes `lowrank.html`."""
 
     def read(self, src) -> Page:
         page = super().read(src)

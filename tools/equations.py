@@ -40,7 +40,7 @@ Key = tuple[str, str]  # paper and number, such as ("LoR2C", "Eq. 5")
 
 @dataclass(frozen=True)
 class Place:
-    "A symbol, `lor2c.sfs.sfs` or one of another library; a cell, `nbs/api/01_sfs.ipynb[8]`; or a test, `tests/x.py::y`."
+    "A symbol, `lor2c.maths.sfs.sfs` or one of another library; a cell, `nbs/api/maths/01_sfs.ipynb[8]`; or a test, `tests/x.py::y`."
 
     name: str
     path: str = ""  # relative to the repository; none for another library's symbol
@@ -120,7 +120,7 @@ def checks() -> list[tuple[Place, list[Key], list[str]]]:
         for i, source, section in cells(path):
             for said in CHECKS.findall(source):
                 found.append((Place(f"{name}[{i}]", name, i, section), keys_in(said), loose(said)))
-    for path in sorted(ROOT.glob("tests/test_*.py")):
+    for path in sorted(ROOT.glob("tests/**/test_*.py")):
         name, text = path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
@@ -284,7 +284,7 @@ def outcome(check: Place, symbol: Place | None) -> str:
 
 def try_zeros() -> Iterator[str]:
     "Every check as it is and with zeros, as it goes; raises SystemExit with what is wrong at the end."
-    import lor2c.fold  # noqa: F401  here, so that no process has to
+    import lor2c.tuners.fold  # noqa: F401  here, so that no process has to
 
     edges = [(e, check, symbol) for e in equations().values() for check in e.checks for symbol in e.symbols]
     alone = list(dict.fromkeys(check for _, check, _ in edges))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import DECODER
 
 import lor2c
-from lor2c.callback import IMCallback
+from lor2c.training.imlor2c import IMCallback
 
 LIMITS = dict(max_merges=2, max_injections=2)
 STEPS_PER_EPOCH, EPOCHS = 3, 8

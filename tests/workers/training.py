@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lor2c
-from lor2c import surgery
-from lor2c.callback import IMCallback
+from lor2c.training import surgery
+from lor2c.training.imlor2c import IMCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tiny import build
