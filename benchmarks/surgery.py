@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import lor2c
-from lor2c.training.surgery import inject_lora, merge_modules, scores_of
+from lor2c.training.scores import scores_of
+from lor2c.training.surgery import inject_lora, merge_modules
 
 
 class Block(GradientCheckpointingLayer):

@@ -23,11 +23,12 @@ command `lor2c`; every other module is a page of the site's API.
 
 __version__ = "0.1.0"
 
-from lor2c.inference.adapters import last_complete_checkpoint
+from lor2c.disk.checkpoints import last_complete_checkpoint
 from lor2c.training.imlor2c import IMCallback
 from lor2c.tuners.config import LoR2CConfig
 from lor2c.tuners.residual import LoR2CLayer
-from lor2c.tuners.reslora import ResLoRAConfig, ResLoRAModel
+from lor2c.tuners.config import ResLoRAConfig
+from lor2c.tuners.reslora import ResLoRAModel
 from lor2c.training.rm_lora import RMLoRACallback
 from lor2c.training.surgery import inject_lora, merge_modules
 from lor2c.tuners.lor2c import LoR2CModel

@@ -40,7 +40,7 @@ Key = tuple[str, str]  # paper and number, such as ("LoR2C", "Eq. 5")
 
 @dataclass(frozen=True)
 class Place:
-    "A symbol, `lor2c.maths.sfs.sfs` or one of another library; a cell, `nbs/api/maths/01_sfs.ipynb[8]`; or a test, `tests/x.py::y`."
+    "A symbol, `lor2c.maths.sfs.sfs` or another library's; a cell, `nbs/api/maths/02_sfs.ipynb[8]`; a test, `tests/x.py::y`."
 
     name: str
     path: str = ""  # relative to the repository; none for another library's symbol

@@ -28,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from .flags import make_parser
 from ..data.glue import DEMO
 from ..data.instructions import ALPACA
-from ..disk import write_json
+from ..disk.whole import write_json
 from ..experiments.compare import carry_out_comparison, check_used, fitting, prepare_comparison
 from ..experiments.pool import check_jobs
 from ..experiments.sweep import carry_out_sweep, describe_cell, prepare_sweep

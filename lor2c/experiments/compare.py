@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 from ..data.glue import DEMO
 from ..data.instructions import ALPACA
-from ..disk import write_json
+from ..disk.whole import write_json
 from .pool import check_alone, check_jobs, failures, outcomes
 from ..plots.runs import constant_answer, names_of, plot_comparison, save_picture, score_of
 from ..runs.settings import GENERATIVE, HAVE, METHODS, RM_LORA, Run, alpaca_run, demo_run, glue_run

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..data.base import find_model, load_classifier
-from ..disk import write_json
+from ..disk.whole import write_json
 from .pool import check_alone, check_jobs, failures, outcomes
 from ..maths.layout import layers_needed
 from ..plots.runs import best_of, limits_of, moves_of, plot_grid, save_picture, score_of

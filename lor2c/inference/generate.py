@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..data.base import DTYPES, find_model, load_decoder, position_limit
 from ..data.instructions import TEMPLATES, as_tokens, make_prompt
 from .adapters import part_of, read_adapter
-from ..runs.settings import one_of
+from ..maths.checks import one_of
 
 # %% ../../nbs/api/inference/01_generate.ipynb #2a1797f0
 def find_adapter(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGING', 'RESIDUALS', 'PEFT_METHODS', 'RM_LORA', 'SHORTCUTS', 'METHODS', 'WITH_RM', 'ADAPTERS', 'GENERATIVE',
-           'HAVE', 'RECIPES', 'OWN_LR', 'DEMO_LR', 'MINILM_LR', 'Run', 'one_of', 'glue_run', 'demo_run', 'alpaca_run',
+           'HAVE', 'RECIPES', 'OWN_LR', 'DEMO_LR', 'MINILM_LR', 'Run', 'glue_run', 'demo_run', 'alpaca_run',
            'adapter_config', 'lora_settings', 'build_model', 'count_parameters', 'run_task', 'load_data', 'glue_rows',
            'by_length', 'validation_splits']
 
@@ -15,26 +15,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
-from peft import (
-    AdaLoraConfig,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..data.base import DTYPES, QUANTIZE, load_classifier, load_decoder
 from ..data.glue import DEMO, Task, glue_task, load_demo, load_glue, tokenize
 from ..data.instructions import ALPACA, TEMPLATES, instruction_data
-from ..training.imlor2c import Settings
+from ..maths.checks import one_of
+from ..training.decisions import Settings
 from ..training.rm_lora import RMSettings
 from ..tuners.compat import DUMMY_TARGET_MODULES
-from ..tuners.config import LoR2CConfig
-from ..tuners.reslora import ResLoRAConfig
+from ..tuners.config import LoR2CConfig, ResLoRAConfig
 
 # %% ../../nbs/api/runs/00_settings.ipynb #3b5f9ba7
 CHANGING = {
@@ -152,12 +144,6 @@ class Run:
         "What decides about the structure. Raises ValueError for what cannot be."
         names = ("max_merges", "max_injections", "inject_alpha", "schedule", "score", "sfs_k", "rules")
         return Settings(**{name: getattr(self, name) for name in names})
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    "ValueError unless value is allowed."
-    if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
 
 # %% ../../nbs/api/runs/00_settings.ipynb #5fe12421
 RECIPES = {  # task: (epochs, batch size, maximal length, learning rate)

@@ -49,9 +49,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 import lor2c
 from ..data.glue import DEMO, baseline, compute_metrics
 from ..data.instructions import IGNORED, Rows, held_out_loss, hold_out, load_instructions, loss_and_tokens
-from ..disk import alone_in, save_whole, write_json
-from ..inference.adapters import last_complete_checkpoint
-from .settings import CHANGING, Run, build_model, count_parameters, load_data, one_of, run_task, validation_splits
+from ..disk.checkpoints import last_complete_checkpoint
+from ..disk.whole import alone_in, save_whole, write_json
+from ..maths.checks import one_of
+from .settings import CHANGING, Run, build_model, count_parameters, load_data, run_task, validation_splits
 from ..training.imlor2c import IMCallback
 from ..training.rm_lora import RMLoRACallback
 

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 from lor2c.cli.main import main
 from lor2c.data.base import demo_model, load_classifier
 from lor2c.data.glue import GLUE, load_demo
-from lor2c.disk import write_json
-from lor2c.inference.adapters import is_complete, last_complete_checkpoint
+from lor2c.disk.checkpoints import is_complete, last_complete_checkpoint
+from lor2c.disk.whole import write_json
 from lor2c.runs.settings import build_model, glue_run
 from lor2c.runs.train import carry_out, make_trainer, prepare
 

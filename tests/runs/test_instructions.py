@@ -28,7 +28,7 @@ from lor2c.data.instructions import (
     load_instructions,
     make_prompt,
 )
-from lor2c.inference.adapters import last_complete_checkpoint
+from lor2c.disk.checkpoints import last_complete_checkpoint
 from lor2c.plots.runs import best_of, score_of
 from lor2c.runs.settings import METHODS, alpaca_run
 from lor2c.runs.train import as_started, carry_out, prepare, train

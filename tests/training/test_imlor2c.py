@@ -14,8 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import lor2c
 from lor2c.maths.layout import Layout
-from lor2c.training.imlor2c import IMCallback, Settings, choose, scores_by
-from lor2c.training.surgery import tuner_of
+from lor2c.training.decisions import Settings, choose, scores_by
+from lor2c.training.imlor2c import IMCallback
+from lor2c.training.wrappers import tuner_of
 
 LAYERS = 6
 

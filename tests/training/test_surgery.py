@@ -13,7 +13,10 @@ from tiny import STACKS, adapted, batch, build, gradients, layers_path, task_typ
 
 import lor2c
 from lor2c.maths.layout import Layout
-from lor2c.training.surgery import inject_lora, inner_optimizer, merge_modules, scores_of, sync_optimizer, tuner_of
+from lor2c.training.optimizer import inner_optimizer, sync_optimizer
+from lor2c.training.scores import scores_of
+from lor2c.training.surgery import inject_lora, merge_modules
+from lor2c.training.wrappers import tuner_of
 from lor2c.tuners.residual import LoR2CLayer
 
 ONE_LAYER = [[t, t] for t in range(4)]

@@ -21,7 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 
 import lor2c
 from lor2c.maths.layout import Layout
-from lor2c.training.surgery import scores_of
+from lor2c.training.scores import scores_of
 from lor2c.tuners import residual
 
 ONE_LAYER, LONGER = [[0, 0], [1, 1], [2, 2], [3, 3]], [[0, 0], [1, 3]]

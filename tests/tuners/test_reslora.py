@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 import lor2c
 from lor2c.inference.adapters import describe
-from lor2c.tuners.reslora import BlockDown, Chain, InputDown, MeasuredDown, chains_of, links_of, place_of
+from lor2c.tuners.chains import BlockDown, Chain, InputDown, MeasuredDown, chains_of, links_of, place_of
 from lor2c.tuners.stack import named_layers
 
 SHORTCUTS = ("input", "block", "middle")

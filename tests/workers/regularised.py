@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny import build
 
 import lor2c
+from lor2c.training.distributed import reshard, shard_residuals
 from lor2c.training.imlor2c import IMCallback
+from lor2c.training.optimizer import inner_optimizer
 from lor2c.training.rm_lora import RMLoRACallback
-from lor2c.training.surgery import inner_optimizer, reshard, shard_residuals
 
 ROWS, BATCH, EPOCHS = 16, 4, 4
 
