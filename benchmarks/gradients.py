@@ -16,12 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from lor2c.runs.job import prepare
 from spectrum import describe, finish, parser_of, rounded, run_of, trainer_of, write
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lor2c.runs.settings import Run
-from lor2c.runs.train import prepare
 from lor2c.tuners.residual import residuals
 from lor2c.tuners.stack import find_layers
 

@@ -18,11 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from lor2c.runs.job import Job, prepare
+from lor2c.runs.recipes import make_run
+from lor2c.runs.record import versions
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from lor2c.runs.settings import Run, glue_run
-from lor2c.runs.train import Job, make_trainer, prepare, versions
+from lor2c.runs.settings import Run
+from lor2c.runs.train import make_trainer
 from lor2c.tuners.residual import hidden_states, pairs_of
 from lor2c.tuners.stack import find_layers, stream_width
 
@@ -158,7 +161,7 @@ def run_of(asked: argparse.Namespace, method: str) -> Run:
     """The run that was asked for."""
     settings = dict(epochs=asked.epochs, max_train_samples=asked.rows, max_length=asked.max_length, device="cpu")
     settings |= dict(batch_size=asked.batch_size, seed=asked.seed, lr=asked.lr, precision=asked.precision)
-    return glue_run("mrpc", method, "minilm", data_dir=asked.data_dir, **settings)
+    return make_run("mrpc", method, "minilm", data_dir=asked.data_dir, **settings)
 
 
 if __name__ == "__main__":

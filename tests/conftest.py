@@ -54,7 +54,7 @@ def repository(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def glue_data(tmp_path_factory) -> Path:
     """A GLUE folder with a small sst2 made of real snippets."""
-    from lor2c.data.glue import load_demo  # not above: most tests need no torch
+    from lor2c.data.demo import load_demo
 
     folder = tmp_path_factory.mktemp("glue") / "sst2"
     folder.mkdir()

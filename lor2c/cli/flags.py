@@ -16,7 +16,8 @@ from ..data.base import DTYPES, QUANTIZE
 from ..data.glue import GLUE
 from ..data.instructions import TEMPLATES
 from ..inference.evaluate import BENCHMARKS
-from ..runs.settings import METHODS, RECIPES, Run
+from ..runs.methods import METHODS
+from ..runs.settings import Run
 
 # %% ../../nbs/api/cli/00_flags.ipynb #a665dd99
 def make_parser() -> argparse.ArgumentParser:
@@ -63,7 +64,7 @@ def add_glue(parser: argparse.ArgumentParser) -> None:
     "The flags of `lor2c glue`."
     parser.description = (
         "Fine-tune on a GLUE task and keep the best epoch. Defaults are the LoR2C authors' settings for roberta-base, "
-        f"such as {RECIPES['rte'][0]} epochs on rte."
+        f"such as {GLUE['rte'].recipe.epochs} epochs on rte."
     )
     add_task(parser, "for record.json and adapter/")
     parser.add_argument("--method", default="lor2c", help=f"{', '.join(METHODS)} (%(default)s)")

@@ -26,8 +26,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from .flags import make_parser
-from ..data.glue import DEMO
-from ..data.instructions import ALPACA
+from ..data.demo import DEMO
+from ..data.tasks import find_task
 from ..disk.whole import write_json
 from ..experiments.compare import carry_out_comparison, check_used, fitting, prepare_comparison
 from ..experiments.pool import check_jobs
@@ -36,8 +36,11 @@ from ..inference.adapters import describe
 from ..inference.evaluate import check_tasks, evaluate, markdown
 from ..inference.generate import check_how, generate, load_tuned, stream, template_of
 from ..plots.runs import best_of, plot_runs, plot_structure, save_picture
-from ..runs.settings import HAVE, Run, alpaca_run, demo_run, glue_run
-from ..runs.train import Job, carry_out, prepare
+from ..runs.job import Job, prepare
+from ..runs.methods import HAVE
+from ..runs.recipes import make_run
+from ..runs.settings import Run
+from ..runs.train import carry_out
 
 # %% ../../nbs/api/cli/01_main.ipynb #7506f42b
 MACHINE = ("device", "precision", "report_to")
@@ -45,14 +48,12 @@ MACHINE = ("device", "precision", "report_to")
 
 def run_glue(args: argparse.Namespace) -> None:
     "Fine-tune on a GLUE task."
-    run_one(
-        prepare_or_exit(glue_run, args.task, args.method, args.model, args.output_dir, args.resume, changes_of(args))
-    )
+    run_one(prepare_or_exit(args.task, args.method, args.model, args.output_dir, args.resume, changes_of(args)))
 
 
 def run_alpaca(args: argparse.Namespace) -> None:
     "Tune a decoder on instructions."
-    run_one(prepare_or_exit(alpaca_run, args.method, args.model, args.output_dir, args.resume, changes_of(args)))
+    run_one(prepare_or_exit("alpaca", args.method, args.model, args.output_dir, args.resume, changes_of(args)))
 
 # %% ../../nbs/api/cli/01_main.ipynb #985214d8
 def run_one(job: Job) -> None:
@@ -81,11 +82,12 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 # %% ../../nbs/api/cli/01_main.ipynb #c066c0ae
-def prepare_or_exit(make_run: Any, *parts: Any) -> Job:
+def prepare_or_exit(
+    task: str, method: str, model: str | None, output_dir: str | Path, resume: bool, changes: dict[str, Any]
+) -> Job:
     "The job, or the end: exit code 2 and one line, if anything about the input is wrong."
-    *named, output_dir, resume, changes = parts
     try:
-        return prepare(make_run(*named, **changes), output_dir, resume)
+        return prepare(make_run(task, method, model, **changes), output_dir, resume)
     except (ValueError, OSError, ImportError) as error:
         stop(error)
 
@@ -114,7 +116,7 @@ def summary(job: Job, record: dict[str, Any]) -> str:
         f"{name} {value:.4f}" for name, value in scores.items() if name == metric or not name.endswith("_loss")
     )
     constant = ", ".join(f"{name} {value:.4f}" for name, value in baseline.items())
-    before = "before training" if record["task"] == ALPACA.name else "always the same answer"
+    before = "always the same answer" if find_task(record["task"]).kind.baseline else "before training"
     what = "model" if record["method"] == "full" else "adapter"
     return (
         f"best epoch {best['epoch']:g}: {shown} ({before}: {constant})\n"
@@ -154,7 +156,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         check_jobs(args.jobs)
         merges, injections = counts(args.max_merges), counts(args.max_injections)
         changes = changes_of(args) | {"max_merges": 0, "max_injections": 0}
-        grid = prepare_sweep(glue_run(args.task, "imlor2c", args.model, **changes), merges, injections, args.output_dir)
+        grid = prepare_sweep(make_run(args.task, "imlor2c", args.model, **changes), merges, injections, args.output_dir)
     except (ValueError, OSError, ImportError) as error:
         stop(error)
     print(f"{len(grid.runs())} cells; what happens in each is in {grid.folder / 'm*-i*' / 'log.txt'}", flush=True)
@@ -202,7 +204,7 @@ def run_demo(args: argparse.Namespace) -> None:
         check_used(given, list(methods))
     except ValueError as error:
         stop(error)
-    jobs = [prepare_or_exit(demo_run, m, folder / m, True, changes | fitting(given, m)) for m in methods]
+    jobs = [prepare_or_exit("demo", m, None, folder / m, True, changes | fitting(given, m)) for m in methods]
     records = []
     for job in jobs:
         if job.record:

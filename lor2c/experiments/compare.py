@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMED_APART', 'SETTINGS', 'contender', 'as_value', 'fitting', 'check_used', 'Comparison', 'prepare_comparison',
-           'check_different', 'run_of', 'look', 'rows_of', 'row_of', 'step_time', 'spread', 'markdown', 'cell',
+           'check_different', 'look', 'rows_of', 'row_of', 'step_time', 'spread', 'markdown', 'cell',
            'carry_out_comparison', 'write_comparison', 'compare']
 
 # %% ../../nbs/api/experiments/02_compare.ipynb #4b837370
@@ -18,13 +18,15 @@ from statistics import mean, stdev
 from types import NoneType
 from typing import Any, get_args
 
-from ..data.glue import DEMO
-from ..data.instructions import ALPACA
+from ..data.tasks import find_task, own_settings
 from ..disk.whole import write_json
 from .pool import check_alone, check_jobs, failures, outcomes
 from ..plots.runs import constant_answer, names_of, plot_comparison, save_picture, score_of
-from ..runs.settings import GENERATIVE, HAVE, METHODS, RM_LORA, Run, alpaca_run, demo_run, glue_run
-from ..runs.train import claim, prepare
+from ..runs.folder import claim
+from ..runs.job import prepare
+from ..runs.methods import HAVE, METHODS, RM_LORA
+from ..runs.recipes import make_run
+from ..runs.settings import Run
 
 # %% ../../nbs/api/experiments/02_compare.ipynb #5f869ab0
 NAMED_APART = {"task", "method", "model", "seed"}
@@ -107,8 +109,9 @@ def prepare_comparison(
     check_used(made.settings, [method for _, method, _ in entries])
     for task, (text, method, own), seed in product(tasks, entries, seeds):
         place = made.folder / task / text.replace(":", "-").replace("=", "-") / f"seed-{seed}"
-        given = {k: v for k, v in made.settings.items() if task == ALPACA.name or k not in GENERATIVE}
-        made.runs[place] = run_of(task, method, model, seed=seed, **fitting(given, method, own))
+        foreign = own_settings() - set(find_task(task).kind.own_settings)
+        given = {k: v for k, v in made.settings.items() if k not in foreign}
+        made.runs[place] = make_run(task, method, model, seed=seed, **fitting(given, method, own))
         made.names[place] = text
     check_different(made)
     look(made)
@@ -122,21 +125,6 @@ def check_different(comparison: Comparison) -> None:
         if run in seen:
             raise ValueError(f"{seen[run]} and {comparison.names[place]} are the same run: leave one out")
         seen[run] = comparison.names[place]
-
-
-def run_of(task: str, method: str, model: str, **settings: Any) -> Run:
-    "A run on GLUE, on instructions, or on the demo set, whose model is always MiniLM."
-    if task == ALPACA.name:
-        if model == "minilm":
-            raise ValueError(
-                "alpaca needs a decoder, --model gemma-270m or another: compare on other tasks apart from it"
-            )
-        return alpaca_run(method, model, **settings)
-    if task != DEMO.name:
-        return glue_run(task, method, model, **settings)
-    if model != "minilm":
-        raise ValueError(f"the demo's model is 'minilm', found {model!r}")
-    return demo_run(method, **settings)
 
 
 def look(comparison: Comparison) -> None:

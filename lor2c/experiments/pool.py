@@ -27,8 +27,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from ..runs.progress import duration
 from ..runs.settings import Run
-from ..runs.train import duration, train
+from ..runs.train import train
 
 # %% ../../nbs/api/experiments/00_pool.ipynb #3e6a9cae
 def attempt(

@@ -19,12 +19,14 @@ from typing import Any
 from transformers import AutoConfig
 
 from ..data.base import find_model, load_classifier
+from ..data.tasks import find_task
 from ..disk.whole import write_json
 from .pool import check_alone, check_jobs, failures, outcomes
 from ..maths.layout import layers_needed
 from ..plots.runs import best_of, limits_of, moves_of, plot_grid, save_picture, score_of
-from ..runs.settings import Run, run_task
-from ..runs.train import MAY_DIFFER, claim, prepare, with_defaults
+from ..runs.folder import MAY_DIFFER, claim, with_defaults
+from ..runs.job import prepare
+from ..runs.settings import Run
 from ..tuners.stack import find_layers
 
 # %% ../../nbs/api/experiments/01_sweep.ipynb #6c3dca4f
@@ -77,7 +79,7 @@ def depth_of(run: Run) -> int:
     layers = getattr(AutoConfig.from_pretrained(find_model(run.model)), "num_hidden_layers", None)
     if isinstance(layers, int):
         return layers
-    model, *_ = load_classifier(run.model, run_task(run).labels)
+    model, *_ = load_classifier(run.model, find_task(run.task).labels)
     return len(find_layers(model)[1])
 
 # %% ../../nbs/api/experiments/01_sweep.ipynb #353afd8c

@@ -15,6 +15,10 @@ import pytest
 import torch
 import transformers
 from datasets import Value
+from lor2c.data.demo import load_demo
+from lor2c.runs.build import build_model
+from lor2c.runs.job import prepare
+from lor2c.runs.recipes import make_run
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -22,11 +26,10 @@ from transformers import AutoTokenizer
 
 from lor2c.cli.main import main
 from lor2c.data.base import demo_model, load_classifier
-from lor2c.data.glue import GLUE, load_demo
+from lor2c.data.glue import GLUE
 from lor2c.disk.checkpoints import is_complete, last_complete_checkpoint
 from lor2c.disk.whole import write_json
-from lor2c.runs.settings import build_model, glue_run
-from lor2c.runs.train import carry_out, make_trainer, prepare
+from lor2c.runs.train import carry_out, make_trainer
 
 RUN = "glue --task sst2 --model minilm --epochs 3 --batch-size 16 --max-length 32 --lr 0.002 --seed 3 --device cpu".split()
 
@@ -152,7 +155,7 @@ def test_a_run_of_before_a_setting_was_there_is_read(tmp_path, glue_data, undist
     for name in ("rules", "max_merges", "processes"):
         del started[name]
     write_json(folder / "run.json", started)
-    run = glue_run(
+    run = make_run(
         "sst2", "lor2c", "minilm", **{k: v for k, v in started.items() if k not in ("task", "method", "model")}
     )
     assert prepare(run, folder, resume=True).record["method"] == "lor2c"
@@ -296,29 +299,29 @@ def test_heads_poolers_and_padding(tmp_path, tokenizer):
     three = transformers.BertForSequenceClassification(
         transformers.BertConfig(**small, intermediate_size=32, num_labels=3)
     )
-    model, _ = build_model(glue_run("rte", "lor2c", kept(tmp_path / "nli", three, tokenizer)), GLUE["rte"])
+    model, _ = build_model(make_run("rte", "lor2c", kept(tmp_path / "nli", three, tokenizer)), GLUE["rte"])
     assert model.base_model.model.classifier.modules_to_save["default"].out_features == 2
 
     deberta = transformers.DebertaV2Model(transformers.DebertaV2Config(**small, intermediate_size=32))
-    model, _ = build_model(glue_run("rte", "lora", kept(tmp_path / "deberta", deberta, tokenizer)), GLUE["rte"])
+    model, _ = build_model(make_run("rte", "lora", kept(tmp_path / "deberta", deberta, tokenizer)), GLUE["rte"])
     trained = {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
     assert trained == {"classifier", "pooler"}
 
     config = dict(small, intermediate_size=32, max_position_embeddings=70)
     roberta = transformers.RobertaModel(transformers.RobertaConfig(**config))
-    _, found = build_model(glue_run("rte", "lor2c", kept(tmp_path / "roberta", roberta, tokenizer)), GLUE["rte"])
+    _, found = build_model(make_run("rte", "lor2c", kept(tmp_path / "roberta", roberta, tokenizer)), GLUE["rte"])
     assert found.model_max_length == 68  # two positions of the table belong to the padding
 
     words = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "film": 2}, unk_token="<unk>"))
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
     gpt2 = transformers.GPT2Model(transformers.GPT2Config(vocab_size=3, n_embd=16, n_layer=2, n_head=2))
-    model, found = build_model(glue_run("rte", "lor2c", kept(tmp_path / "gpt2", gpt2, bare)), GLUE["rte"])
+    model, found = build_model(make_run("rte", "lor2c", kept(tmp_path / "gpt2", gpt2, bare)), GLUE["rte"])
     assert found.pad_token == "</s>" and model.config.pad_token_id == 0
 
 
 def test_a_moved_run_resumes_with_its_best_epoch(glue_data, tmp_path):
     """Trainer remembers its best checkpoint by path: interrupted after the last epoch, moved, and resumed."""
-    run = glue_run(
+    run = make_run(
         "sst2", "lor2c", "minilm", epochs=3, batch_size=16, max_length=32, lr=3e-2, seed=3, device="cpu",
         data_dir=str(glue_data), max_train_samples=32,
     )  # fmt: skip
@@ -364,7 +367,7 @@ def test_every_method_is_read_back(glue_data, tmp_path, tokenizer):
     )
     batch = tokenizer(["a fine film", "a bad one"], padding=True, return_tensors="pt")
     for method, task in (("head", "mnli"), ("full", "stsb"), ("lora", "mnli"), ("lor2c", "stsb")):
-        job = prepare(glue_run(task, method, "minilm", **changes), tmp_path / method)
+        job = prepare(make_run(task, method, "minilm", **changes), tmp_path / method)
         record = carry_out(job)
         first = {"mnli": "matched_accuracy", "stsb": "pearson"}[task]
         assert record["metrics"]["chosen_by"] == first and first in record["metrics"]["best"]

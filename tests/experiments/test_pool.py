@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from lor2c.runs.recipes import make_run
 
 from lor2c.experiments import pool
-from lor2c.runs.settings import demo_run
 
 
 def test_processes_are_renewed(monkeypatch):
@@ -18,7 +18,7 @@ def test_processes_are_renewed(monkeypatch):
 
     monkeypatch.setattr(pool, "in_processes", in_processes)
     monkeypatch.setattr(pool, "RUNS_OF_A_PROCESS", 3)
-    todo = {Path(str(seed)): demo_run("head", seed=seed) for seed in range(9)}
+    todo = {Path(str(seed)): make_run("demo", "head", seed=seed) for seed in range(9)}
     ended = [folder for folder, _ in pool.results(todo, 2)]
     assert [(len(folders), jobs) for folders, jobs in sets] == [(6, 2), (3, 2)]
     assert ended == list(todo)
@@ -37,7 +37,7 @@ def test_the_run_that_loses_its_process_alone_has_failed(monkeypatch, capsys, jo
             yield folder, {}
 
     monkeypatch.setattr(pool, "until_one_is_lost", until_one_is_lost)
-    todo = {Path(name): demo_run("head") for name in [*"abcd", "large", *"efgh"]}
+    todo = {Path(name): make_run("demo", "head") for name in [*"abcd", "large", *"efgh"]}
     ended = dict(pool.in_processes(todo, jobs))
     assert ended.pop(Path("large")).startswith(pool.LOST) and all(record == {} for record in ended.values())
     assert len(ended) == 8 and seen == asked

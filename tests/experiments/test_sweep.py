@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from lor2c.runs.recipes import make_run
 from safetensors.torch import load_file
 
 from lor2c.cli.main import main
@@ -19,7 +20,6 @@ from lor2c.disk.checkpoints import last_complete_checkpoint
 from lor2c.experiments.sweep import carry_out_sweep, cells, prepare_sweep, sweep
 from lor2c.maths.layout import layers_needed
 from lor2c.plots.runs import plot_grid, save_picture
-from lor2c.runs.settings import glue_run
 
 FLAGS = (
     "sweep --task sst2 --model minilm --max-merges 0,2 --max-injections 0-1 --epochs 2 --batch-size 16 --max-length 16 "
@@ -30,7 +30,7 @@ NAMES = ["m0-i0", "m2-i0", "m0-i1", "m2-i1"]
 
 @pytest.fixture(scope="module")
 def base(glue_data):
-    return glue_run(
+    return make_run(
         "sst2", "imlor2c", "minilm", max_merges=0, max_injections=0, epochs=2, batch_size=16, max_length=16,
         max_train_samples=64, lr=0.01, seed=3, schedule="fractional", device="cpu", data_dir=str(glue_data),
     )  # fmt: skip

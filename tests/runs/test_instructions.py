@@ -13,6 +13,10 @@ import pytest
 import torch
 import transformers as T
 from datasets import Dataset
+from lor2c.runs.folder import as_started
+from lor2c.runs.job import prepare
+from lor2c.runs.methods import METHODS
+from lor2c.runs.recipes import make_run
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, decoder_folder
@@ -30,8 +34,7 @@ from lor2c.data.instructions import (
 )
 from lor2c.disk.checkpoints import last_complete_checkpoint
 from lor2c.plots.runs import best_of, score_of
-from lor2c.runs.settings import METHODS, alpaca_run
-from lor2c.runs.train import as_started, carry_out, prepare, train
+from lor2c.runs.train import carry_out, train
 
 NAMES = "red blue green white black brown grey pink".split()
 RUN = "alpaca --rank 4 --epochs 2 --batch-size 16 --micro-batch-size 8 --held-out 16 --lr 0.01 --seed 3 --device cpu".split()
@@ -64,7 +67,7 @@ def run_of(method: str, model: str, data: Path, **changes):
     settings = dict(epochs=2, batch_size=16, micro_batch_size=8, held_out=16, lr=1e-2, seed=3, device="cpu")
     settings |= {} if method == "full" else {"rank": 4}
     limits = dict.fromkeys([n for n in ("max_merges", "max_injections") if method == "imlor2c"], 1)
-    return alpaca_run(method, model, data_dir=str(data), **(settings | limits | changes))
+    return make_run("alpaca", method, model, data_dir=str(data), **(settings | limits | changes))
 
 
 # Labels
@@ -328,11 +331,12 @@ def test_two_processes_share_a_batch(model, data, tmp_path):
 
 OUT_OF_MEMORY = """
 import resource, sys
-from lor2c.runs.settings import alpaca_run
-from lor2c.runs.train import carry_out, prepare
+from lor2c.runs.recipes import make_run
+from lor2c.runs.job import prepare
+from lor2c.runs.train import carry_out
 model, data, folder = sys.argv[1:]
 settings = dict(rank=4, epochs=1, batch_size=64, micro_batch_size=64, held_out=2, device="cpu", data_dir=data)
-job = prepare(alpaca_run("lora", model, **settings), folder)
+job = prepare(make_run("alpaca", "lora", model, **settings), folder)
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 40 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -351,7 +355,7 @@ def test_out_of_memory_says_what_to_try(model, data, tmp_path):
     command = [sys.executable, "-c", OUT_OF_MEMORY, model, str(tmp_path / "long.json"), str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
     assert "out of memory with 64 rows at a time" in done.stdout and "--micro-batch-size 32" in done.stdout, done.stderr
-    run = alpaca_run(
+    run = make_run("alpaca",
         "lora", model, rank=4, epochs=1, batch_size=64, micro_batch_size=32, held_out=2, device="cpu",
         data_dir=str(tmp_path / "long.json"),
     )  # fmt: skip

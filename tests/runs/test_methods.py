@@ -8,15 +8,20 @@ import pytest
 import torch
 import transformers as T
 from datasets import Dataset
+from lor2c.data.classification import compute_metrics
+from lor2c.data.demo import load_demo
+from lor2c.data.tasks import find_task
+from lor2c.runs.build import load_data
+from lor2c.runs.job import prepare
+from lor2c.runs.methods import METHODS
+from lor2c.runs.recipes import make_run
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import ENCODER
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lor2c.data.base import demo_model, load_classifier
-from lor2c.data.glue import compute_metrics, load_demo
-from lor2c.runs.settings import METHODS, glue_run, load_data, run_task
-from lor2c.runs.train import make_trainer, prepare, train
+from lor2c.runs.train import make_trainer, train
 
 CASES = [(method, {}) for method in METHODS] + [("lor2c", {"rm": True}), ("imlor2c", {"rm": True})]
 
@@ -35,7 +40,7 @@ def base(tmp_path_factory) -> str:
 def run_of(method: str, base: str, data: Path, **changes):
     limits = {name: 1 for name in ("max_merges", "max_injections") if method in ("imlor2c",)}
     settings = dict(epochs=3, batch_size=16, max_length=16, lr=3e-2, seed=3, device="cpu", data_dir=str(data))
-    return glue_run("sst2", method, base, **(settings | limits | changes))
+    return make_run("sst2", method, base, **(settings | limits | changes))
 
 
 @pytest.mark.parametrize("method, changes", CASES, ids=lambda v: v if isinstance(v, str) else "+".join(v))
@@ -63,7 +68,7 @@ def test_comes_back_as_scored(method, changes, base, glue_data, tmp_path):
             assert (model(**batch).logits - logits).abs().max() > 1e-2
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows["labels"])).item()
     best = record["metrics"]["best"]
-    assert compute_metrics(run_task(run), logits.numpy(), rows["labels"])["accuracy"] == best["accuracy"]
+    assert compute_metrics(find_task(run.task), logits.numpy(), rows["labels"])["accuracy"] == best["accuracy"]
     if method != "adalora":  # PEFT adds its regulariser to the loss
         assert loss == pytest.approx(best["loss"], abs=1e-5)
 
