@@ -1,7 +1,7 @@
 """Gradients of every layer, with LoRA and with LoR2C: the measurement behind Fig. 7 of the LoR2C paper.
 
-    python benchmarks/gradients.py --data-dir glue --method lora --output results/gradients/mrpc-lora-1.json
-    python benchmarks/gradients.py --data-dir glue --method lor2c --output results/gradients/mrpc-lor2c-1.json
+    python benchmarks/gradients.py --data-dir glue --method lora --output results/gradients.jsonl --name mrpc-lora-1
+    python benchmarks/gradients.py --data-dir glue --method lor2c --output results/gradients.jsonl --name mrpc-lor2c-1
 
 Per epoch and layer, of the adapter's A and B (two pairs for LoRA, on q and v; one for LoR2C), before clipping:
 `mean_abs`, the mean absolute entry of the gradient, and `norm`, its Frobenius norm; both averaged over the steps.
@@ -13,11 +13,13 @@ The record is written after every epoch.
 import re
 import tempfile
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from records import keep
+from spectrum import describe, finish, parser_of, rounded, run_of, trainer_of
 from lor2c.runs.job import prepare
-from spectrum import describe, finish, parser_of, rounded, run_of, trainer_of, write
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -43,8 +45,8 @@ class AddUp:
 class Gradients(TrainerCallback):
     """Notes the gradients of each layer's adapter over the steps of an epoch, and those of the stream after it."""
 
-    def __init__(self, probe: dict[str, Tensor], record: dict, path: Path) -> None:
-        self.probe, self.record, self.path = probe, record, path
+    def __init__(self, probe: dict[str, Tensor], record: dict, write: Callable[[dict], None]) -> None:
+        self.probe, self.record, self.write = probe, record, write
 
     def on_train_begin(self, args, state, control, model=None, **_) -> None:
         self.step = [defaultdict(float) for _ in find_layers(model)[1]]
@@ -73,7 +75,7 @@ class Gradients(TrainerCallback):
         self.record["epochs"].append(round(epoch))
         for name, values in stream_gradients(model, self.probe).items():
             self.record[name].append(rounded(values))
-        write(self.path, self.record)
+        self.write(self.record)
 
 
 class Keep:
@@ -111,7 +113,7 @@ def stream_gradients(model: nn.Module, rows: dict[str, Tensor]) -> dict[str, Ten
     return {name: torch.stack(values) for name, values in found.items() if values}
 
 
-def measure(run: Run, path: Path) -> None:
+def measure(run: Run, write: Callable[[dict], None]) -> None:
     record = {"method": run.method, "settings": describe(run), "epochs": [], "train_loss": []}
     record |= {name: [] for name in ("mean_abs", "norm", "stream")}
     if run.method == "lor2c":
@@ -121,12 +123,12 @@ def measure(run: Run, path: Path) -> None:
         trainer = trainer_of(job)
         rows = job.data["validation"].select(range(0, len(job.data["validation"]), len(job.data["validation"]) // 32))
         probe = trainer.data_collator([{k: v for k, v in row.items() if k in KEYS} for row in rows.select(range(32))])
-        trainer.add_callback(Gradients(dict(probe), record, path))
-        finish(trainer, job, record, path)
+        trainer.add_callback(Gradients(dict(probe), record, write))
+        finish(trainer, job, record, write)
 
 
 if __name__ == "__main__":
     parser = parser_of(__doc__, 8, 3e-3, "the best on the demo's rows")
     parser.add_argument("--method", required=True, choices=("lora", "lor2c"))
     asked = parser.parse_args()
-    measure(run_of(asked, asked.method), asked.output)
+    measure(run_of(asked, asked.method), partial(keep, asked.output, asked.name))

@@ -1,7 +1,7 @@
 """Singular values of residuals while they are trained: the measurement behind Fig. 2 of the LoR2C paper.
 
-    python benchmarks/spectrum.py --data-dir glue --output results/spectrum/mrpc-w.json
-    python benchmarks/spectrum.py --data-dir glue --rank 128 --output results/spectrum/mrpc-rank-128.json
+    python benchmarks/spectrum.py --data-dir glue --output results/spectrum.jsonl --name mrpc-w
+    python benchmarks/spectrum.py --data-dir glue --rank 128 --output results/spectrum.jsonl --name mrpc-rank-128
 
 Without --rank the residual of every layer is one d x d matrix that starts at zero, h(t+1) = W h(t) + Layer(h(t)), Eq. 2.
 With --rank it is LoR2C's pair with scaling 1, and the matrices are the product B A and both of its factors. The record
@@ -12,12 +12,14 @@ written after every epoch.
 
 import argparse
 import json
-import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from records import keep
 from lor2c.runs.job import Job, prepare
 from lor2c.runs.recipes import make_run
 from lor2c.runs.record import versions
@@ -67,8 +69,8 @@ def rounded(values: Tensor, digits: int = 4) -> list:
 class Spectra(TrainerCallback):
     """Decomposes the matrices before training and after every epoch."""
 
-    def __init__(self, rank: int | None, record: dict, path: Path) -> None:
-        self.rank, self.record, self.path = rank, record, path
+    def __init__(self, rank: int | None, record: dict, write: Callable[[dict], None]) -> None:
+        self.rank, self.record, self.write = rank, record, write
 
     def note(self, model: nn.Module, epoch: float) -> None:
         self.record["epochs"].append(round(epoch))
@@ -81,7 +83,7 @@ class Spectra(TrainerCallback):
             into.setdefault("top_8", []).append(rounded(share_of(values, 8).mean()))
             if values.shape[-1] <= EACH:
                 into.setdefault("layers", []).append(rounded(values))
-        write(self.path, self.record)
+        self.write(self.record)
 
     def on_train_begin(self, args, state, control, model=None, **_) -> None:
         self.note(model, 0)
@@ -104,14 +106,6 @@ def share_of(values: Tensor, k: int) -> Tensor:
     return energy[:, :k].sum(-1) / energy.sum(-1).clamp(min=torch.finfo(energy.dtype).tiny)
 
 
-def write(path: Path, record: dict) -> None:
-    """In one step, on one line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
 def trainer_of(job: Job) -> Trainer:
     """The job's trainer, which neither evaluates nor saves on its way."""
     job.args.eval_strategy = job.args.save_strategy = "no"
@@ -125,7 +119,7 @@ def describe(run: Run, apart: tuple[str, ...] = ()) -> dict:
     return {name: getattr(run, name) for name in names.split() if name not in apart}
 
 
-def measure(run: Run, rank: int | None, path: Path) -> None:
+def measure(run: Run, rank: int | None, write: Callable[[dict], None]) -> None:
     settings = describe(run) if rank else describe(run, apart=("rank", "alpha", "dropout"))
     record = {"settings": settings, "epochs": [], "train_loss": [], "matrices": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -133,23 +127,24 @@ def measure(run: Run, rank: int | None, path: Path) -> None:
         if rank is None:
             add_whole(job.model)
         trainer = trainer_of(job)
-        trainer.add_callback(Spectra(rank, record, path))
-        finish(trainer, job, record, path)
+        trainer.add_callback(Spectra(rank, record, write))
+        finish(trainer, job, record, write)
 
 
-def finish(trainer: Trainer, job: Job, record: dict, path: Path) -> None:
+def finish(trainer: Trainer, job: Job, record: dict, write: Callable[[dict], None]) -> None:
     """Train to the end and write the record, with the last epoch's accuracy."""
     trainer.train()
     record["accuracy"] = round(trainer.evaluate()["eval_accuracy"], 4)
     record["baseline"] = round(job.baseline["accuracy"], 4)
-    write(path, record | {"versions": versions()})
+    write(record | {"versions": versions()})
 
 
 def parser_of(description: str, epochs: int, lr: float, lr_help: str) -> argparse.ArgumentParser:
     """What the two scripts are asked for alike."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="folder of GLUE")
-    parser.add_argument("--output", type=Path, required=True, help="where the record goes")
+    parser.add_argument("--output", type=Path, required=True, help="JSON Lines file that keeps the record")
+    parser.add_argument("--name", required=True, help="of the record; one of that name is replaced")
     for name, default in (("epochs", epochs), ("rows", 500), ("max-length", 96), ("batch-size", 32), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=lr, help=lr_help)
@@ -171,4 +166,4 @@ if __name__ == "__main__":
     chosen = run_of(asked, "lor2c" if asked.rank else "head")
     if asked.rank:
         chosen = replace(chosen, rank=asked.rank, alpha=asked.rank, dropout=0.0)  # Eq. 2 has no scaling and no dropout
-    measure(chosen, asked.rank, asked.output)
+    measure(chosen, asked.rank, partial(keep, asked.output, asked.name))

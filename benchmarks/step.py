@@ -1,14 +1,16 @@
 """One training step of each method beside PEFT's LoRA (same rank, on q and v), in turn in one process.
 
-    python benchmarks/step.py [--rounds 30] [--batch 32] [--length 128] [--device cpu]
+    python benchmarks/step.py [--rounds 30] [--batch 32] [--length 128] [--device cpu] [--json > results/step.jsonl]
 
-Prints the median time of a step of each, its ratio to LoRA's, and the bytes that autograd keeps for the backward pass.
+Prints the median time of a step of each, its ratio to LoRA's, and the bytes that autograd keeps for the backward pass;
+with --json as records, one a line.
 With residuals, the layers up to the end of the first span get no backward pass; with LoRA all but the first projections
 do. The merges join neighbours, six residuals to three, so one layer more is spared. ResLoRA's shortcuts are named as in
 Table 8 of its paper: is, bs, ms for input, block, middle, with the number of previous blocks.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from statistics import median
@@ -94,16 +96,35 @@ def measure(rounds: int = 30, batch: int = 32, length: int = 128, device: str = 
     return {n: {"seconds": median(times[n]), "bytes": saved_bytes(models[n], rows)} for n in models}
 
 
+def rows(result: dict[str, dict[str, float]]) -> list[dict[str, str | float]]:
+    """A record for each method: milliseconds of a step, MiB kept for backward, and both over LoRA's."""
+    seconds, kept = result["lora"]["seconds"], result["lora"]["bytes"]
+    return [
+        {
+            "name": name,
+            "ms": round(1e3 * row["seconds"], 1),
+            "ms_of_lora": round(row["seconds"] / seconds, 2),
+            "mib": round(row["bytes"] / 2**20, 1),
+            "mib_of_lora": round(row["bytes"] / kept, 2),
+        }
+        for name, row in result.items()
+    ]
+
+
+def line(row: dict[str, str | float]) -> str:
+    """A record to read."""
+    return (
+        f"{row['name']:14} {row['ms']:8.1f} ms a step, {row['ms_of_lora']:.2f} of LoRA's   "
+        f"{row['mib']:8.1f} MiB kept for backward, {row['mib_of_lora']:.2f}"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rounds", 30), ("batch", 32), ("length", 128), ("device", "cpu")):
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    args = parser.parse_args()
-    result = measure(**vars(args))
-    lora = result["lora"]
-    for name, row in result.items():
-        time_, kept = 1e3 * row["seconds"], row["bytes"] / 2**20
-        print(
-            f"{name:14} {time_:8.1f} ms a step, {row['seconds'] / lora['seconds']:.2f} of LoRA's   "
-            f"{kept:8.1f} MiB kept for backward, {row['bytes'] / lora['bytes']:.2f}"
-        )
+    parser.add_argument("--json", action="store_true", help="print JSON Lines")
+    args = vars(parser.parse_args())
+    write = json.dumps if args.pop("json") else line
+    for row in rows(measure(**args)):
+        print(write(row))

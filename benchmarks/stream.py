@@ -3,17 +3,17 @@
     python benchmarks/stream.py minilm --encoder --rank 8 --alpha 16
     python benchmarks/stream.py gemma-270m --rank 64 --alpha 32
 
-Writes results/stream/NAME.json. Of each layer's input, and of the last output: the median norm over tokens, that of first
-tokens apart, and how much of the energy the three largest coordinates hold. Then, for LoRA on q and v, for LoR2C, and for
-LoR2C whose A does not read those three: the change that the first step makes, which moves every number of B by the
-learning rate. `alone`: one layer's B at a time, rate 1e-4, as a share of that layer's output ("stream") and of what the next
-layer's norm makes of it ("read", the same where there is no such norm). `together`: all layers' B, change of the last state
-by rate. All are medians over the tokens of four sentences, first tokens apart, in float32.
+Keeps its record in results/stream.jsonl under the model's name. Of each layer's input, and of the last output: the median
+norm over tokens, that of first tokens apart, and how much of the energy the three largest coordinates hold. Then, for LoRA
+on q and v, for LoR2C, and for LoR2C whose A does not read those three: the change that the first step makes, which moves
+every number of B by the learning rate. `alone`: one layer's B at a time, rate 1e-4, as a share of that layer's output
+("stream") and of what the next layer's norm makes of it ("read", the same where there is no such norm). `together`: all
+layers' B, change of the last state by rate. All are medians over the tokens of four sentences, first tokens apart, in
+float32.
 """
 
 import argparse
 import importlib.metadata
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from records import keep
 from torch import Tensor, nn
 
 from lor2c import LoR2CConfig
@@ -154,8 +155,6 @@ if __name__ == "__main__":
     parser.add_argument("--encoder", action="store_true")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--alpha", type=float, default=16)
-    parser.add_argument("--to", type=Path, default=Path(__file__).parents[1] / "results/stream")
+    parser.add_argument("--to", type=Path, default=Path(__file__).parents[1] / "results/stream.jsonl")
     args = parser.parse_args()
-    record = rounded(measure(args.model, args.encoder, args.rank, args.alpha))
-    args.to.mkdir(parents=True, exist_ok=True)
-    (args.to / f"{args.model}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    keep(args.to, args.model, rounded(measure(args.model, args.encoder, args.rank, args.alpha)))

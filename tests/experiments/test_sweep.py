@@ -19,7 +19,8 @@ from lor2c.cli.main import main
 from lor2c.disk.checkpoints import last_complete_checkpoint
 from lor2c.experiments.sweep import carry_out_sweep, cells, prepare_sweep, sweep
 from lor2c.maths.layout import layers_needed
-from lor2c.plots.runs import plot_grid, save_picture
+from lor2c.plots.grid import plot_grid
+from lor2c.plots.runs import save_picture
 
 FLAGS = (
     "sweep --task sst2 --model minilm --max-merges 0,2 --max-injections 0-1 --epochs 2 --batch-size 16 --max-length 16 "
