@@ -64,6 +64,17 @@ def glue_data(tmp_path_factory) -> Path:
     return folder.parent
 
 
+NOTEBOOKS = (
+    "tutorials/alpaca", "tutorials/demo", "tutorials/glue", "tutorials/imlor2c", "tutorials/reslora", "tutorials/rm_lora",
+)  # fmt: skip
+# Not in `make test` but in `make test-more`, which CI runs as well: every test whose id begins like one of these. They take
+# minutes, and most changes do not touch what they test. A test that you add is in `make test`, unless you name it here.
+MORE = (
+    "tests/test_site.py",
+    *(f"tests/test_notebooks.py::test_notebook[{name}]" for name in NOTEBOOKS),
+)
+
+
 class ByFile(LoadScopeScheduling):
     """A file goes to one worker, for its fixtures are costly; notebooks go one by one."""
 
@@ -77,8 +88,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads `-m more`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest notebooks begin first; slow tests are left out unless they are asked for."""
+    """Mark what is in `make test-more`. The longest notebooks begin first; slow tests are left out unless asked for."""
+    for item in items:
+        if item.nodeid.startswith(MORE):
+            item.add_marker("more")
     items.sort(key=lambda item: "[tutorials/" not in item.nodeid)
     if not os.environ.get("LOR2C_SLOW"):
         for item in items:
