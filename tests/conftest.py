@@ -80,6 +80,7 @@ MORE = (
     "tests/test_site.py",
     "tests/training/test_processes.py",
     "tests/training/test_resume.py",
+    "tests/training/test_rm_lora.py::test_two_processes_are_one",
     "tests/cli/test_main.py::test_demo_passes_limits_to_the_methods_that_have_them",
     "tests/cli/test_main.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/cli/test_main.py::test_no_network_and_no_cache",
