@@ -9,7 +9,7 @@ TORCH = 2.13.0
 # As many tests at a time as there are cores, up to four, each with one thread of torch: twice as fast as one with two.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses=4
 
-.PHONY: help demo test test-all docs readme export lock clean
+.PHONY: help demo test test-more test-all nb t types docs readme export lock clean
 
 help:                ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -17,11 +17,26 @@ help:                ## this list
 demo: $(VENV)/.demo  ## fine-tune a small encoder on real data: minutes, on a CPU
 	$(BIN)/lor2c demo
 
-test: $(VENV)/.dev   ## all but slow tests; long tutorials run at a smaller size
-	LOR2C_CI=1 $(PYTEST) $(TEST_ARGS)
+test: $(VENV)/.dev   ## what you run before each push: all but slow tests and those of test-more
+	LOR2C_CI=1 $(PYTEST) -m "not more" $(TEST_ARGS)
+
+test-more: $(VENV)/.dev  ## the rest of what CI runs: tutorials at a smaller size, the site, killed runs, several processes
+	LOR2C_CI=1 $(PYTEST) -m more $(TEST_ARGS)
 
 test-all: $(VENV)/.dev  ## every test, slow ones too, tutorials at full size
 	LOR2C_SLOW=1 $(PYTEST) $(TEST_ARGS)
+
+nb: say-NB $(VENV)/.dev  ## the notebooks whose path has NB in it, as tests: make nb NB=lowrank
+	LOR2C_CI=1 $(PYTEST) -n 0 tests/test_notebooks.py -k "$(NB)"
+
+t: say-K $(VENV)/.dev  ## the tests whose name or file has K in it, notebooks apart: make t K=layout
+	LOR2C_CI=1 $(PYTEST) -n 0 --ignore=tests/test_notebooks.py -k "$(K)" $(TEST_ARGS)
+
+say-%:
+	@$(if $($*),,echo "say which: make nb NB=lowrank, make t K=layout" >&2; exit 1)
+
+types: $(VENV)/.dev  ## check the types of lor2c/
+	$(BIN)/python -m mypy
 
 docs: $(VENV)/.dev   ## the site, into _docs
 	$(BIN)/python tools/docs.py
@@ -40,7 +55,7 @@ lock: | $(BIN)/pip    ## constraints.txt: every version that make and CI install
 		--no-annotate --quiet --custom-compile-command "make lock" --constraint - --output-file constraints.txt
 
 clean:               ## remove what is generated and not committed, $(VENV) apart
-	rm -rf _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .ruff_cache .hypothesis
+	rm -rf _docs _proc build dist *.egg-info nbs/nbdev.yml nbs/sidebar.yml .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # ensurepip writes pip last, so a venv that has it is whole.
 $(BIN)/pip:

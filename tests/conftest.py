@@ -64,6 +64,37 @@ def glue_data(tmp_path_factory) -> Path:
     return folder.parent
 
 
+# Not in `make test` but in `make test-more`, which CI runs as well: every test whose id begins like one of these. Together they
+# take longer than all others, and most changes do not touch what they test: the site in a browser, several processes, runs
+# that are killed, tutorials. A test or notebook that you add is in `make test`, unless you name it or its whole file here.
+PAGES = (
+    "api/cli/01_main",
+    *(f"explanations/{name}" for name in ("equations", "gradient_flow", "optimizer", "papers_and_code")),
+    *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
+    *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "quantised")),
+    *(f"howto/{name}" for name in ("resume", "serve", "several_gpus", "trainer", "trl")),
+    *(f"results/{name}" for name in ("comparison", "figures", "tables")),
+    *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
+)
+MORE = (
+    "tests/test_site.py",
+    "tests/training/test_processes.py",
+    "tests/training/test_resume.py",
+    "tests/training/test_rm_lora.py::test_two_processes_are_one",
+    "tests/cli/test_main.py::test_demo_passes_limits_to_the_methods_that_have_them",
+    "tests/cli/test_main.py::test_killed_and_resumed_is_the_undisturbed_run",
+    "tests/cli/test_main.py::test_no_network_and_no_cache",
+    "tests/experiments/test_sweep.py::test_killed_in_the_middle_and_gone_on_with",
+    "tests/experiments/test_sweep.py::test_two_at_a_time",
+    "tests/runs/test_instructions.py::test_killed_and_resumed_is_the_undisturbed_run",
+    "tests/runs/test_instructions.py::test_out_of_memory_says_what_to_try",
+    "tests/runs/test_instructions.py::test_training_survives_a_reader_that_goes_away",
+    "tests/runs/test_instructions.py::test_two_processes_share_a_batch",
+    "tests/test_project.py::test_type_checker_is_content",
+    *(f"tests/test_notebooks.py::test_notebook[{page}]" for page in PAGES),
+)
+
+
 class ByFile(LoadScopeScheduling):
     """A file goes to one worker, for its fixtures are costly; notebooks go one by one."""
 
@@ -77,8 +108,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
     return ByFile(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads `-m more`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest notebooks begin first; slow tests are left out unless they are asked for."""
+    """Mark what is in `make test-more`. The longest notebooks begin first; slow tests are left out unless asked for."""
+    for item in items:
+        if item.nodeid.startswith(MORE):
+            item.add_marker("more")
     items.sort(key=lambda item: "[tutorials/" not in item.nodeid)
     if not os.environ.get("LOR2C_SLOW"):
         for item in items:

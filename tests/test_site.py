@@ -1,6 +1,7 @@
 """The rendered site, served on localhost and read in a browser."""
 
 import functools
+import html
 import json
 import os
 import re
@@ -175,8 +176,22 @@ def test_there_is_a_copy_for_language_models(site: Path, pages: dict[Path, Page]
     assert len(copies) == len(pages)
 
 
+def test_internal_names_are_shown_without_an_entry(site: Path, pages: dict[Path, Page]) -> None:
+    """The source of a cell `#| exporti` stands on its page, but only what users call has an entry there."""
+    wrong = []
+    for notebook in (n for n in notebooks() if "api" in n.parts):
+        page = (site / page_of(notebook)).resolve()
+        text = html.unescape(re.sub(r"<[^>]*>", "", page.read_text("utf-8")))
+        for cell in json.loads((ROOT / notebook).read_text("utf-8"))["cells"]:
+            source = "".join(cell["source"])
+            internal = re.findall(r"^(?:def|class) (\w+)", source, re.M) if source.startswith("#| exporti") else []
+            hidden = [n for n in internal if not re.search(rf"\b(def|class) {n}\b", text)]
+            wrong += [f"{notebook}: {n}" for n in internal if n in hidden or n.lower() in pages[page].anchors]
+    assert wrong == []
+
+
 LONGEST = 25  # lines; with prose above and below, they fit a phone's screen and a laptop's
-UNSEEN = re.compile(r"^\s*#\s*\|\s*(hide\b(?!_)|echo:\s*false|include:\s*false|exports?\b)", re.M)  # exports: see below
+UNSEEN = re.compile(r"^\s*#\s*\|\s*(hide\b(?!_)|echo:\s*false|include:\s*false|export[is]?\b)", re.M)  # exports: see below
 
 
 def test_cells_are_seen_at_once() -> None:

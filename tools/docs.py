@@ -18,7 +18,7 @@ from execnb.nbio import NbCell, mk_cell
 from latex2mathml.converter import convert
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _build_modidx
-from nbdev.processors import FilterDefaults
+from nbdev.processors import FilterDefaults, rm_export
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from nbdev.showdoc import BasicMarkdownRenderer
@@ -73,21 +73,33 @@ get_config()["renderer"] = "docs.Renderer"  # nbdev imports it by this name
 
 class Filter(FilterDefaults):
     """What nbdev does to each notebook, and more: each exported definition in a cell of its own, below its documentation;
-    long sources folded; the name of its module and a link to Colab below the title.
+    the source of `#| exporti` cells; long sources folded; the name of its module and a link to Colab below the title.
     """
 
+    def base_procs(self) -> list:
+        procs = super().base_procs()
+        procs.insert(procs.index(rm_export), keep_internal)
+        return procs
+
     def __call__(self, nb: dict) -> None:
+        module = module_line(nb)  # nbdev takes the directive that names it out
         nb.cells = [NbCell(i, c) for i, c in enumerate(piece for cell in nb.cells for piece in pieces(cell))]
         super().__call__(nb)
         for cell in nb.cells:
             lines = cell.source.count("\n") - 1  # two lines are options
             if "#| code-fold: show" in cell.source and lines > SEEN_AT_ONCE:
                 cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true", 1)
-        where = "\n\n".join(filter(None, (module_line(nb), colab(Path(nb.path_)))))
+        where = "\n\n".join(filter(None, (module, colab(Path(nb.path_)))))
         nb.cells.insert(1, mk_cell(where, "markdown"))  # the first cell is front matter: the title
 
 
 nbdev.serve.FilterDefaults = Filter  # `proc_nbs` takes no other
+
+
+def keep_internal(cell: NbCell) -> None:
+    """Show a cell `#| exporti` as one of `#| exports`, after nbdev has put the references: its names get none."""
+    if "exporti" in cell.directives_:
+        cell.directives_["exports"] = cell.directives_.pop("exporti")
 
 
 def pieces(cell: dict) -> list[dict]:
@@ -141,7 +153,7 @@ class NbdevSite(Site):
 def process() -> Path:
     """Let nbdev put `show_doc` for exported code, take hidden cells out and link names; returns its folder."""
     refresh_quarto_yml()
-    _build_modidx()
+    index()
     proc = proc_nbs(force=True, n_workers=0)  # in this process: each worker would import torch first
     pages = list(proc.rglob("*.ipynb"))
     base = get_config().doc_host + get_config().doc_baseurl
@@ -150,6 +162,15 @@ def process() -> Path:
         text = re.sub(rf"\({re.escape(base)}/[^)#\"]*", lambda m: links.get(m[0], m[0]), p.read_text("utf-8"))
         p.write_text(text, "utf-8")
     return proc
+
+
+def index() -> None:
+    """Index the page of every name, for nbdev's links. A name outside `__all__` has no entry there, so no link leads to it."""
+    _build_modidx()
+    for module, names in import_module("lor2c._modidx").d["syms"].items():
+        shown = import_module(module).__all__
+        for name in [n for n in names if n.removeprefix(f"{module}.").partition(".")[0] not in shown]:
+            del names[name]
 
 
 def html_name(page: Path, proc: Path) -> str:
