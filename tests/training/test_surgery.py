@@ -318,7 +318,7 @@ def test_a_fresh_process_reads_the_same_structure(stack, tmp_path, request):
     inject_lora(model, 3, optimizer=optimizer)
     train(model, optimizer, batch(stack), 2)
     model.eval().save_pretrained(tmp_path / "adapter")
-    command = [sys.executable, "-c", READ, request.path.parent, stack, tmp_path / "adapter", tmp_path / "out.pt"]
+    command = [sys.executable, "-c", READ, request.path.parents[1], stack, tmp_path / "adapter", tmp_path / "out.pt"]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     logits, layout = torch.load(tmp_path / "out.pt")
