@@ -31,11 +31,15 @@ from lm_eval.api.task import ConfigurableTask  # noqa: E402
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
-from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
-from lm_eval.tasks.hellaswag.utils import preprocess  # noqa: E402
+from lm_eval.tasks.drop import utils as drop_utils  # noqa: E402
+from lm_eval.tasks.hellaswag import utils as hellaswag_utils  # noqa: E402
 
+from lor2c.inference import benchmarks  # noqa: E402
 from lor2c.inference import evaluate as ours  # noqa: E402
-from lor2c.inference.evaluate import BENCHMARKS, check_tasks, evaluate, load_tasks, markdown, read_rows, run_program  # noqa: E402
+from lor2c.inference.benchmarks import BENCHMARKS  # noqa: E402
+from lor2c.inference.evaluate import evaluate, markdown  # noqa: E402
+from lor2c.inference.humaneval import completed_answer, run_program  # noqa: E402
+from lor2c.inference.tasks import check_tasks, load_tasks, read_rows, task_settings  # noqa: E402
 
 REAL = ROOT.parent / "shared/data/eval"
 QUICK = ["mmlu_anatomy", "bbh_cot_fewshot_boolean_expressions", "drop", "humaneval", "gsm8k", "svamp", "hellaswag"]
@@ -87,11 +91,11 @@ def hellaswag_rows() -> list[dict]:
 
 def hellaswag_cleaned(row: dict) -> dict:
     """The same row as the local file has it."""
-    ctx = preprocess(f"{row['ctx_a']} {row['ctx_b']}")
+    ctx = hellaswag_utils.preprocess(f"{row['ctx_a']} {row['ctx_b']}")
     return {
         "activity_label": row["activity_label"],
         "ctx": ctx,
-        "endings": [preprocess(ending) for ending in row["endings"]],
+        "endings": [hellaswag_utils.preprocess(ending) for ending in row["endings"]],
         "label": row["label"],
     }
 
@@ -117,11 +121,11 @@ def data(tmp_path_factory) -> Path:
     for split, rows in (("dev", 5), ("test", 3)):
         questions = [
             {"question": f" What is {s} {i}? ", "choices": list("abcd"), "answer": draw.randrange(4), "subject": s}
-            for s in ours.subtasks_of("mmlu").values()
+            for s in benchmarks.subtasks_of("mmlu").values()
             for i in range(rows)
         ]
         write(folder, f"mmlu/{split}", questions)
-    tasks = ours.subtasks_of("bbh").values()
+    tasks = benchmarks.subtasks_of("bbh").values()
     write(folder, "bbh/test", [{"input": f"{t} {i} is", "target": f"T{i}", "task": t} for t in tasks for i in range(3)])
     drops = [
         {"passage": f"In {i // 2} they won.", "question": f"When {i}?", "answers": [str(i), str(i + 1)]}
@@ -172,7 +176,7 @@ class Knowing(LM):
         return [(0.0 if (one.idx == gold(one.doc)) == self.right else -9.0, False) for one in requests]
 
     def generate_until(self, requests):
-        made = [ANSWER[ours.benchmark_of(one.task_name)](one.doc) for one in requests]
+        made = [ANSWER[benchmarks.benchmark_of(one.task_name)](one.doc) for one in requests]
         return made if self.right else [" no" for _ in made]
 
     def loglikelihood_rolling(self, requests):
@@ -182,17 +186,23 @@ class Knowing(LM):
 def values(lm: LM, names: list[str], folder: Path, limit: int | None, template: str = "plain") -> dict[str, dict]:
     """Every task's metrics, of a language model of the harness."""
     loaded = load_tasks(check_tasks(names, folder, limit, True, template), folder, template)
-    with ours.quiet():
-        found = ours.scores(lm, loaded, limit, run_code=True, template=template)
-    return {name: ours.metrics_of(found["results"][name]) for name in names}
+    with ours._quiet():
+        found = ours._scores(lm, loaded, limit, run_code=True, template=template)
+    return {name: ours._metrics(found["results"][name]) for name in names}
 
 
 # The harness's own
 
 
+FUNCTIONS = {
+    "drop": {"process_docs": drop_utils.process_docs, "process_results": drop_utils.process_results},
+    "hellaswag": {"process_docs": hellaswag_utils.process_docs},
+}
+
+
 def settings_of(name: str) -> dict:
-    """The harness's configuration of a task, from its file."""
-    settings = load_yaml(ours.harness_index()[name].yaml_path)
+    """The harness's configuration of a task, whose index has names for functions."""
+    settings = benchmarks.harness_index()[name].cfg | FUNCTIONS.get(name, {})
     return {key: value for key, value in settings.items() if key != "tag"} | {"task": name}
 
 
@@ -238,7 +248,7 @@ def test_scores_and_prompts_are_the_harness_s(data: Path) -> None:
     found = evaluate(model, tokenizer, names, data, limit=2, batch_size=4)
     for name in names:
         row = {key: value for key, value in expected["results"][name].items() if "," in key}
-        assert found["tasks"][name]["metrics"] == ours.metrics_of(row) != {}
+        assert found["tasks"][name]["metrics"] == ours._metrics(row) != {}
         assert found["tasks"][name]["docs"] == expected["n-samples"][name]["effective"] == 2
         assert found["tasks"][name]["shots"] == expected["n-shot"][name]
     loaded = load_tasks(check_tasks(names, data), data)["tasks"]
@@ -256,14 +266,14 @@ def test_the_base_scores_as_in_the_harness(data: Path) -> None:
     found = evaluate(base, bytes_tokenizer(), [task.task_name for task in theirs], data, limit=2, batch_size=4)
     for name, entry in found["tasks"].items():
         row = {key: value for key, value in expected[name].items() if "," in key}
-        assert entry["metrics"] == ours.metrics_of(row) != {}
+        assert entry["metrics"] == ours._metrics(row) != {}
     assert len(found["tasks"]) == 2
 
 
 def test_humaneval_differs_from_the_harness_s_in_metric_and_filter() -> None:
     for name, template in (("humaneval", "plain"), ("humaneval_instruct", "alpaca")):
-        theirs = load_yaml(ours.harness_index()[name].yaml_path, resolve_func=False)
-        made = ours.harness_entry("humaneval", template).cfg
+        theirs = benchmarks.harness_index()[name].cfg
+        made = task_settings("humaneval", "humaneval", template)
         changed = {key for key in theirs.keys() | made.keys() if theirs.get(key) != made.get(key)}
         assert changed - {"task"} == {"metric_list", "filter_list"}
 
@@ -309,8 +319,8 @@ def test_residuals_see_padded_batches_rightly(data: Path) -> None:
     said = {}
     for kind, model, batch in (("one", adapted(), 1), ("padded", adapted(), 7), ("base", llama(), 7)):
         loaded = load_tasks(check_tasks(names, data), data)
-        with ours.quiet():
-            ours.scores(ours.wrapped(model, tokenizer, batch), loaded, None)
+        with ours._quiet():
+            ours._scores(ours._wrapped(model, tokenizer, batch, "plain"), loaded, None)
         said[kind] = {name: [one.resps[0] for one in loaded["tasks"][name].instances] for name in names}
     assert said["one"]["svamp"] == said["padded"]["svamp"] != said["base"]["svamp"]
     for name in ("mmlu_anatomy", "hellaswag"):
@@ -362,7 +372,7 @@ def test_templates(data: Path) -> None:
     for template in ("alpaca", "chat"):
         names = ["svamp", "humaneval", "mmlu_anatomy"]
         loaded = load_tasks(check_tasks(names, data, 1, True, template), data, template)
-        lm = ours.wrapped(llama(), tokenizer, 1, template)
+        lm = ours._wrapped(llama(), tokenizer, 1, template)
         for task in loaded["tasks"].values():
             task.build_all_requests(
                 limit=1, apply_chat_template=True, fewshot_as_multiturn=template == "chat",
@@ -377,7 +387,7 @@ def test_templates(data: Path) -> None:
     assert "about anatomy" in asked_in["alpaca"]["mmlu_anatomy"]
     assert asked_in["chat"]["svamp"].count("<assistant>") == 5
     fenced = [{"prompt": "def f(x):\n"}], [["    return x\n```\nThis returns x."]]
-    assert ours.completed_answer(*fenced[::-1]) == [["def f(x):\n    return x\n"]]
+    assert completed_answer(*fenced[::-1]) == [["def f(x):\n    return x\n"]]
     assert values(Knowing(), ["svamp", "humaneval"], data, 2, "plain")["humaneval"]["pass@1"]["value"] == 1
 
 
@@ -532,7 +542,7 @@ def test_all_real_rows_with_all_answers_known() -> None:
 @pytest.mark.skipif(not REAL.is_dir(), reason="no real rows here")
 def test_real_rows_score_as_in_the_harness() -> None:
     model, tokenizer = adapted(), bytes_tokenizer()
-    names = ["mmlu", "hellaswag", "drop", "gsm8k", "svamp", "humaneval", *list(ours.subtasks_of("bbh"))[:3]]
+    names = ["mmlu", "hellaswag", "drop", "gsm8k", "svamp", "humaneval", *list(benchmarks.subtasks_of("bbh"))[:3]]
     result = evaluate(model, tokenizer, names, REAL, limit=2, batch_size=4, run_code=True)
     loaded = load_tasks(check_tasks(names, REAL, 2, True), REAL)
     tasks = [loaded["groups"]["mmlu"], *(loaded["tasks"][name] for name in names if name != "mmlu")]
@@ -541,6 +551,6 @@ def test_real_rows_score_as_in_the_harness() -> None:
         confirm_run_unsafe_code=True, task_manager=TaskManager(include_defaults=False),
     )  # fmt: skip
     for name in names:
-        assert result["tasks"][name]["metrics"] == ours.metrics_of(expected["results"][name])
-    for task, subtask in ours.subtasks_of("mmlu").items():
-        assert result["tasks"]["mmlu"]["subtasks"][subtask]["metrics"] == ours.metrics_of(expected["results"][task])
+        assert result["tasks"][name]["metrics"] == ours._metrics(expected["results"][name])
+    for task, subtask in benchmarks.subtasks_of("mmlu").items():
+        assert result["tasks"]["mmlu"]["subtasks"][subtask]["metrics"] == ours._metrics(expected["results"][task])

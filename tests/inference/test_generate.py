@@ -24,7 +24,6 @@ import lor2c
 from lor2c.data.instructions import encode, make_prompt
 from lor2c.inference.generate import (
     end_tokens,
-    evaluating,
     find_adapter,
     generate,
     load_tuned,
@@ -32,6 +31,7 @@ from lor2c.inference.generate import (
     stream,
     template_of,
 )
+from lor2c.tuners.fold import in_eval_mode
 from lor2c.tuners.residual import LoR2CLayer
 
 STACKS = ["Llama", "Qwen 3", "Gemma 3", "GPT-2", "T5 decoder", "T5 encoder"]
@@ -524,7 +524,7 @@ def test_every_module_goes_back_to_its_mode(folder):
     model.base_model.model.lm_head.eval()
     before = {name: module.training for name, module in model.named_modules()}
     assert set(before.values()) == {True, False}
-    with pytest.raises(KeyError), evaluating(model):
+    with pytest.raises(KeyError), in_eval_mode(model):
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert {name: module.training for name, module in model.named_modules()} == before
