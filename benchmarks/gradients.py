@@ -19,10 +19,10 @@ from functools import partial
 import torch
 from records import keep
 from spectrum import describe, finish, parser_of, rounded, run_of, trainer_of
-from lor2c.runs.job import prepare
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lor2c.runs.job import prepare
 from lor2c.runs.settings import Run
 from lor2c.tuners.residual import residuals
 from lor2c.tuners.stack import find_layers

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 from records import keep
-from lor2c.runs.job import Job, prepare
-from lor2c.runs.recipes import make_run
-from lor2c.runs.record import versions
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from lor2c.runs.job import Job, prepare
+from lor2c.runs.recipes import make_run
+from lor2c.runs.record import versions
 from lor2c.runs.settings import Run
 from lor2c.runs.train import make_trainer
 from lor2c.tuners.residual import hidden_states, pairs_of

@@ -35,7 +35,8 @@ from ..experiments.sweep import carry_out_sweep, describe_cell, prepare_sweep
 from ..inference.adapters import describe
 from ..inference.evaluate import check_tasks, evaluate, markdown
 from ..inference.generate import check_how, generate, load_tuned, stream, template_of
-from ..plots.runs import best_of, plot_runs, plot_structure, save_picture
+from ..plots.runs import best_of, plot_runs, save_picture
+from ..plots.structure import plot_structure
 from ..runs.job import Job, prepare
 from ..runs.methods import HAVE
 from ..runs.recipes import make_run

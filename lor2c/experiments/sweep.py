@@ -23,7 +23,8 @@ from ..data.tasks import find_task
 from ..disk.whole import write_json
 from .pool import check_alone, check_jobs, failures, outcomes
 from ..maths.layout import layers_needed
-from ..plots.runs import best_of, limits_of, moves_of, plot_grid, save_picture, score_of
+from ..plots.grid import limits_of, moves_of, plot_grid
+from ..plots.runs import best_of, save_picture, score_of
 from ..runs.folder import MAY_DIFFER, claim, with_defaults
 from ..runs.job import prepare
 from ..runs.settings import Run

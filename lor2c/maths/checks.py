@@ -18,7 +18,7 @@ def check_rank(r: object) -> int:
     return check_whole("the rank r", r)
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     "ValueError unless the value is one of those that are allowed."
     if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(map(str, allowed))}")

@@ -14,7 +14,7 @@ from ..data.tasks import find_task, own_settings
 from ..maths.checks import check_whole, one_of
 from .methods import HAVE, METHODS, RM_LORA
 from ..training.decisions import Settings
-from ..training.rm_lora import RMSettings
+from ..training.masks import RMSettings
 
 # %% ../../nbs/api/runs/01_settings.ipynb #49abb9e2
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from lor2c.runs.recipes import make_run
 from safetensors.torch import load_file
 
 from lor2c.cli.main import main
@@ -21,6 +20,7 @@ from lor2c.experiments.sweep import carry_out_sweep, cells, prepare_sweep, sweep
 from lor2c.maths.layout import layers_needed
 from lor2c.plots.grid import plot_grid
 from lor2c.plots.runs import save_picture
+from lor2c.runs.recipes import make_run
 
 FLAGS = (
     "sweep --task sst2 --model minilm --max-merges 0,2 --max-injections 0-1 --epochs 2 --batch-size 16 --max-length 16 "
