@@ -165,7 +165,7 @@ def test_functions_are_short() -> None:
 
 # Public names: functions and classes that a module exports without a leading underscore, and those classes' methods
 
-EXPORT, SILENT = re.compile(r"^#\| *exports?\b", re.M), re.compile(r"^#\| *(exports?|eval: *false)\b", re.M)
+EXPORT, SILENT = re.compile(r"^#\| *exports?\b", re.M), re.compile(r"^#\| *(export[si]?|eval: *false)\b", re.M)
 CHECK = re.compile(r"^ *(assert|raise AssertionError)\b|\b(assert_close|gradcheck|raises|refused)\(", re.M)
 TREES = {dotted(path): ast.parse(path.read_text("utf-8")) for path in MODULES}
 

@@ -176,7 +176,7 @@ def test_there_is_a_copy_for_language_models(site: Path, pages: dict[Path, Page]
 
 
 LONGEST = 25  # lines; with prose above and below, they fit a phone's screen and a laptop's
-UNSEEN = re.compile(r"^\s*#\s*\|\s*(hide\b(?!_)|echo:\s*false|include:\s*false|exports?\b)", re.M)  # exports: see below
+UNSEEN = re.compile(r"^\s*#\s*\|\s*(hide\b(?!_)|echo:\s*false|include:\s*false|export[si]?\b)", re.M)  # exports: see below
 
 
 def test_cells_are_seen_at_once() -> None:

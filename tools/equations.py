@@ -104,7 +104,7 @@ def symbols() -> list[tuple[Place, list[Key], list[str]]]:
         for i, source, section in cells(path):
             if match := re.search(r"^#\| *default_exp (\S+)", source, re.M):
                 module = match[1]
-            if re.search(r"^#\| *exports?\b", source, re.M):
+            if re.search(r"^#\| *export[si]?\b", source, re.M):
                 for name, text in sources(source):
                     if LOOSE.search(text):
                         place = Place(f"lor2c.{module}.{name}", path.relative_to(ROOT).as_posix(), i, section)
