@@ -439,7 +439,7 @@ def test_library_needs_no_notebook_tools(installed: Path, read: list[str]) -> No
 
 def test_help_tells_what_a_user_needs(read: list[str]) -> None:
     """Shapes, errors, source, and what each argument means."""
-    parts = "A (r, d), B (d, r)", "Raises TypeError", "ValueError", "Source: LoR2C", "r = 8: rank of every residual"
+    parts = "A (r, d), B (d, r)", "Raises:", "TypeError:", "ValueError:", "Source: LoR2C", "r = 8: rank of every residual"
     assert [part for part in parts if part not in read[1]] == []
 
 

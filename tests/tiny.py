@@ -9,8 +9,6 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
-import lor2c
-
 ENCODER = dict(
     vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
     max_position_embeddings=70, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -169,6 +167,8 @@ def adapted(stack: str, dtype: torch.dtype = torch.float32, std: float = 0.2, **
     settings = dict(r=2, alpha=4, dropout=0.0, spans=SPANS, layers=layers_path(stack), task_type=task_type(stack))
     if stack == "ViT":
         settings["modules_to_save"] = ["classifier"]
+    import lor2c  # here, because a test loads what was folded without lor2c
+
     model = get_peft_model(build(stack, dtype), lor2c.LoR2CConfig(**settings | config)).eval()
     torch.manual_seed(1)
     if std:

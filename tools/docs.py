@@ -59,6 +59,20 @@ class Renderer(BasicMarkdownRenderer):
         self.fn = self.nm  # nbdev finds a source line by the bare name only
         for f in own:
             self.dm.dm[f.name].docment = f.metadata.get("help") or self.dm.dm[f.name].docment
+        self.docs = sections(self.docs or "")
+
+
+def sections(docstring: str) -> str:
+    """A docstring with its `Args:` and `Raises:` as lists and its examples as code. Markdown would run their lines together."""
+    blocks = docstring.split("\n\n")
+    for i, block in enumerate(blocks):
+        head, _, body = block.partition("\n")
+        if head in ("Args:", "Returns:", "Raises:"):
+            items = re.sub(r"\n {8,}", " ", body)  # an item's further lines are deeper
+            blocks[i] = f"**{head}**\n\n" + re.sub(r"^    (\w+(?:, \w+)*): ", r"- `\1`: ", items, flags=re.M)
+        elif head.startswith(">>> "):
+            blocks[i] = f"```python\n{block}\n```"
+    return "\n\n".join(blocks)
 
 
 def parameter(f: Field) -> Parameter:

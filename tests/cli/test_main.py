@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from lor2c.cli.main import main
 from lor2c.data.base import demo_model, load_classifier
 from lor2c.data.glue import GLUE
-from lor2c.disk.checkpoints import is_complete, last_complete_checkpoint
+from lor2c.disk.checkpoints import _is_complete, last_complete_checkpoint
 from lor2c.disk.whole import write_json
 from lor2c.runs.train import carry_out, make_trainer
 
@@ -113,7 +113,7 @@ def test_only_complete_checkpoints_are_taken(tmp_path):
     )
     Trainer(adapted("BERT"), args, train_dataset=rows).train()
     first, second = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
-    assert last_complete_checkpoint(tmp_path) == second and is_complete(first)
+    assert last_complete_checkpoint(tmp_path) == second and _is_complete(first)
     needed = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
     for name in needed:
         shutil.copytree(second, tmp_path / "kept")

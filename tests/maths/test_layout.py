@@ -195,10 +195,28 @@ def test_what_no_layout_can_be(spans, injected, says):
         Layout(4, spans, injected)
 
 
+ALONE = """
+import sys, types
+for name, folder in {"lor2c": sys.argv[1], "lor2c.maths": sys.argv[1] + "/maths"}.items():
+    sys.modules[name] = types.ModuleType(name)  # an empty one, because the package itself imports its tuners
+    sys.modules[name].__path__ = [folder]
+sys.modules |= dict.fromkeys(sys.argv[2].split())
+"""
+
+
+def alone(imports: str, absent: str) -> None:
+    """Import modules of this floor by themselves, in a process where other packages cannot be imported."""
+    folder = Path(inspect.getfile(Layout)).parents[1]
+    subprocess.run([sys.executable, "-c", f"{ALONE}\nimport {imports}", folder, absent], check=True)
+
+
 def test_layouts_need_no_torch():
-    code = "import sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv[1]); import layout, schedule"
-    folder = Path(inspect.getfile(Layout)).parent  # imported by themselves: the package imports its tuners
-    subprocess.run([sys.executable, "-c", code, folder], check=True)
+    alone("lor2c.maths.layout, lor2c.maths.schedule", absent="torch")
+
+
+def test_maths_needs_neither_peft_nor_transformers():
+    modules = "checks", "layout", "lowrank", "orthogonality", "schedule", "sfs"
+    alone(", ".join(f"lor2c.maths.{name}" for name in modules), absent="peft transformers")
 
 
 DEPTH = 12

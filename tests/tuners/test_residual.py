@@ -208,7 +208,7 @@ def test_a_new_layout_keeps_equal_spans():
     assert not after[1, 2][1].any()
     layers = model.base_model.model.bert.encoder.layer
     assert not hasattr(layers[1], "lor2c")
-    assert [sum(isinstance(h, lor2c.tuners.residual.AddResidual) for h in m._forward_hooks.values()) for m in layers] == [
+    assert [sum(isinstance(h, lor2c.tuners.residual._AddResidual) for h in m._forward_hooks.values()) for m in layers] == [
         1,
         0,
         1,

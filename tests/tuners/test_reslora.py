@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 import lor2c
 from lor2c.inference.adapters import describe
-from lor2c.tuners.chains import BlockDown, Chain, InputDown, MeasuredDown, chains_of, links_of, place_of
+from lor2c.tuners.chains import BlockDown, Chain, InputDown, _links_of, _MeasuredDown, _place_of, chains_of
 from lor2c.tuners.stack import named_layers
 
 SHORTCUTS = ("input", "block", "middle")
@@ -177,13 +177,13 @@ def test_dropout_is_each_blocks_own():
 
 
 def test_chains_by_path():
-    assert place_of("decoder.block.3.layer.1.EncDecAttention.q") == (("decoder.block", "layer.1.EncDecAttention.q"), 3)
-    assert place_of("layers.10.mlp.experts.2.w1") == (("layers", "mlp.experts.2.w1"), 10)
-    assert place_of("lm_head") is None
+    assert _place_of("decoder.block.3.layer.1.EncDecAttention.q") == (("decoder.block", "layer.1.EncDecAttention.q"), 3)
+    assert _place_of("layers.10.mlp.experts.2.w1") == (("layers", "mlp.experts.2.w1"), 10)
+    assert _place_of("lm_head") is None
     shapes = {f"layers.{n}.q": (4, 4) for n in (10, 2, 0, 11)} | {"layers.0.v": (4, 2), "head": (4, 2)}
     assert chains_of(shapes, 1) == [(["layers.0.q", "layers.2.q", "layers.10.q", "layers.11.q"], [[], [0], [1], [2]])]
-    assert links_of([(4, 4), (4, 2), (4, 4), (4, 2)], 1) == [[], [], [], []]  # within reach, or not at all
-    assert links_of([(4, 4), (4, 2), (4, 4), (4, 2)], 2) == [[], [], [0], [1]]
+    assert _links_of([(4, 4), (4, 2), (4, 4), (4, 2)], 1) == [[], [], [], []]  # within reach, or not at all
+    assert _links_of([(4, 4), (4, 2), (4, 4), (4, 2)], 2) == [[], [], [0], [1]]
 
 
 @pytest.mark.parametrize("wrap", [nn.Sequential, lambda m: nn.ModuleList([m, build("Llama")])], ids=["one", "two"])
@@ -890,4 +890,4 @@ def test_norms_survive_casts():
     before = {n: b.clone() for n, b in model.named_buffers() if "norms" in n}
     model.half()
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers() if "norms" in n)
-    assert any(isinstance(m, MeasuredDown) for m in model.modules())
+    assert any(isinstance(m, _MeasuredDown) for m in model.modules())
