@@ -33,15 +33,16 @@ def save_whole(
     folder: Path,
     *others: Any,  # what belongs beside it, such as a tokenizer
 ) -> None:
-    """save_pretrained into `folder`; what was there before stays until the new one is whole.
+    """Call save_pretrained into `folder`, whose old content stays until the new one is whole.
 
-    Stopped in the very moment of the exchange, it leaves the old one beside `folder`, as .old; the next call puts it back."""
+    Stopped in the very moment of the exchange, it leaves the old folder beside `folder`, as .old. The next call puts it back.
+    """
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         os.replace(old, folder)
     shutil.rmtree(part, ignore_errors=True)
-    for one in (model, *others):
-        one.save_pretrained(part)
+    for saved in (model, *others):
+        saved.save_pretrained(part)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
@@ -70,7 +71,7 @@ def _record_of(line: str, place: str) -> dict[str, Any]:
 # %% ../../nbs/api/disk/00_whole.ipynb #340c207e
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    "Keep other processes out of a folder. BlockingIOError where one is there already."
+    "Keep other processes out of a folder. Raises BlockingIOError where another one is in it."
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "run.lock")
     try:

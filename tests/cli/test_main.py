@@ -15,10 +15,6 @@ import pytest
 import torch
 import transformers
 from datasets import Value
-from lor2c.data.demo import load_demo
-from lor2c.runs.build import build_model
-from lor2c.runs.job import prepare
-from lor2c.runs.recipes import make_run
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -26,9 +22,13 @@ from transformers import AutoTokenizer
 
 from lor2c.cli.main import main
 from lor2c.data.base import demo_model, load_classifier
+from lor2c.data.demo import load_demo
 from lor2c.data.glue import GLUE
 from lor2c.disk.checkpoints import _is_complete, last_complete_checkpoint
 from lor2c.disk.whole import write_json
+from lor2c.runs.build import build_model
+from lor2c.runs.job import prepare
+from lor2c.runs.recipes import make_run
 from lor2c.runs.train import carry_out, make_trainer
 
 RUN = "glue --task sst2 --model minilm --epochs 3 --batch-size 16 --max-length 32 --lr 0.002 --seed 3 --device cpu".split()
