@@ -14,11 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..disk.tensors import injections_by_module, tensors_by_layer, with_copies
 from ..maths.layout import Injection
 from ..maths.lowrank import numerical_rank, singular_values
-from ..tuners.checkpoint import injections_by_module, tensors_by_layer
-from ..tuners.compat import PEFT_TYPE_TO_PREFIX_MAPPING
-from ..tuners.share import with_copies
 
 # %% ../../nbs/api/inference/00_adapters.ipynb #97be2fb4
 def read_adapter(
@@ -67,8 +65,16 @@ def part_of(key: str, kind: str) -> str:
         return "structure"
     if ".lora_" in key:
         return "lora"
-    prefixes = {peft_type.value: prefix for peft_type, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
-    return "adapter" if f".{prefixes.get(kind, 'lora_')}" in key else "head and other modules"
+    return "adapter" if f".{_prefix_of(kind)}" in key else "head and other modules"
+
+
+def _prefix_of(kind: str) -> str:
+    "How the names of a method's tensors begin. Only methods other than ours need PEFT to say so, and it loads slowly."
+    if kind in ("LOR2C", "RESLORA", "LORA"):
+        return "lora_"
+    from lor2c.tuners.compat import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    return {peft_type.value: prefix for peft_type, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}.get(kind, "lora_")
 
 # %% ../../nbs/api/inference/00_adapters.ipynb #93b36a9b
 def _settings_of(config: dict[str, Any]) -> str:

@@ -6,44 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/api/tuners/08_checkpoint.ipynb #b1c6d811
-import re
-
 from torch import Tensor, nn
 
-from ..maths.layout import Injection, Layout
+from ..disk.tensors import injections_by_module, tensors_by_layer
+from ..maths.layout import Layout
 from .config import LoR2CConfig
-from .injection import find_qv, read_mark
+from .injection import find_qv
 from .stack import find_layers, stream_width
-
-# %% ../../nbs/api/tuners/08_checkpoint.ipynb #134ef063
-_RESIDUAL = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>A|B|span)")
-_INJECTED = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lor2c_injected")
-
-# %% ../../nbs/api/tuners/08_checkpoint.ipynb #f24ba95a
-def tensors_by_layer(state_dict: dict[str, Tensor]) -> dict[tuple[str, int], dict[str, Tensor]]:
-    "(path of the layers, last layer) -> {'A': (r, d), 'B': (d, r), 'span': (3,)}. Raises ValueError if any is missing."
-    tensors: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for key, tensor in state_dict.items():
-        if match := _RESIDUAL.fullmatch(key):
-            tensors.setdefault((match["path"], int(match["end"])), {})[match["part"]] = tensor
-    for (path, end), parts in tensors.items():
-        if missing := {"A", "B", "span"} - parts.keys():
-            shared = sum("A" in other for other in tensors.values()) == 1
-            raise ValueError(
-                f"the checkpoint is damaged: lor2c_{missing.pop()} of layer {path}.{end} is missing"
-                + (", or it was saved with share=True" if shared else "")
-            )
-    return tensors
-
-
-def injections_by_module(state_dict: dict[str, Tensor]) -> dict[str, tuple[Injection, int]]:
-    "Path of a module with injected LoRA -> what it is, and the depth of its stack. Raises ValueError if A or B is missing."
-    injections = {m["module"]: read_mark(state_dict[key]) for key in state_dict if (m := _INJECTED.fullmatch(key))}
-    for module in injections:
-        for part in ("lora_A", "lora_B"):
-            if not any(f"{module}.{part}." in key for key in state_dict):
-                raise ValueError(f"the checkpoint is damaged: {part} of {module} is missing")
-    return injections
 
 # %% ../../nbs/api/tuners/08_checkpoint.ipynb #97353afd
 def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConfig) -> Layout:

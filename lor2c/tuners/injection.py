@@ -6,7 +6,6 @@
 __all__ = ['find_qv', 'with_lora', 'injected']
 
 # %% ../../nbs/api/tuners/04_injection.ipynb #cf922367
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..disk.tensors import read_mark
 from ..maths.layout import Injection
 from .compat import BufferDict, LoraLayer, LoraModel, get_quantization_config
 
@@ -205,12 +205,6 @@ def _mark(lora: Any, name: str, injection: Injection, depth: int) -> None:
     content = [injection.layer, depth, injection.r, over, under.bit_length() - 1]
     # a structure must have values, also where weights have none
     lora.lor2c_injected[name] = torch.tensor(content, device="cpu" if home.type == "meta" else home)
-
-# %% ../../nbs/api/tuners/04_injection.ipynb #faff26a9
-def read_mark(content: Tensor) -> tuple[Injection, int]:
-    "The injection, and the depth of the stack it is in."
-    layer, depth, r, over, power = content.tolist()
-    return Injection(layer, r, math.ldexp(over, -power)), depth
 
 # %% ../../nbs/api/tuners/04_injection.ipynb #584f6c9b
 def injected(model: nn.Module) -> Iterator[tuple[str, Any]]:

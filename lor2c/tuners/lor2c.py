@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..disk.tensors import with_copies, without_copies
 from ..maths.layout import Injection, Layout, Span
 from .checkpoint import layout_in
 from .compat import BaseTuner, LoraLayer, register
 from .config import LoR2CConfig
 from .injection import add_lora, remove_lora
 from .residual import CANNOT_FOLD, LoR2CLayer, remove_unused, residuals
-from .share import tie, with_copies, without_copies
+from .share import tie
 from .stack import find_layers, first_floating, stream_width, warn_of_frozen_head
 from .structure import add_residual, check_fit, layout_of, set_layout
 from .switches import active_adapter, switch, switches

@@ -7,7 +7,7 @@ __all__ = ['tie']
 
 # %% ../../nbs/api/tuners/05_share.ipynb #1867413a
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .residual import residuals
 
@@ -29,28 +29,3 @@ def tie(model: nn.Module, name: str) -> None:
     for _, module in residuals(model):
         if name in module.lor2c_A:
             module.lor2c_A[name] = A
-
-# %% ../../nbs/api/tuners/05_share.ipynb #715f6bc0
-def without_copies(
-    state_dict: dict[str, Tensor],  # of one adapter: lor2c_A (r, d) and lor2c_B (d, r) of each residual
-) -> dict[str, Tensor]:
-    "The same tensors with A under its first residual only: what is saved."
-    keys = [key for key in state_dict if ".lor2c_A" in key]
-    return {key: tensor for key, tensor in state_dict.items() if key not in keys[1:]}
-
-
-def with_copies(
-    state_dict: dict[str, Tensor],  # as saved
-) -> dict[str, Tensor]:
-    """A under every residual that has a B, as a model's own state dict has it; unchanged where there is no A.
-
-    Raises ValueError where there are several that differ: then the adapter was trained without sharing.
-    """
-    down = [tensor for key, tensor in state_dict.items() if ".lor2c_A" in key]
-    if any(not torch.equal(A, down[0]) for A in down[1:]):
-        raise ValueError(
-            f"the checkpoint has {len(down)} down-projections lor2c_A that differ, share=True means one for all: "
-            "load it into an adapter with share=False"
-        )
-    up = [key for key in state_dict if ".lor2c_B" in key]
-    return {**state_dict, **{key.replace(".lor2c_B", ".lor2c_A"): down[0] for key in up if down}}

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..disk.tensors import read_mark
 from ..maths.layout import Injection, Layout, Span
 from .config import LoR2CConfig
-from .injection import add_lora, find_qv, injected, read_mark, remove_lora
+from .injection import add_lora, find_qv, injected, remove_lora
 from .residual import LoR2CLayer, attach, pairs_of, remove_unused, residuals
 from .share import shared_A
 from .stack import find_layers, first_floating, refuse_layerdrop, stream_width
