@@ -103,10 +103,10 @@ def add_generative(parser: argparse.ArgumentParser) -> None:
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     "The flags of `lor2c sweep`."
     parser.description = (
-        "Fine-tune with method imlor2c once for each pair of limits, as in the LoR2C paper's Fig. 6. An interrupted sweep "
+        "Compare imlor2c with itself, once for each pair of limits, as in the LoR2C paper's Fig. 6. An interrupted sweep "
         "goes on with the same command; a wider one in the same DIR trains what is missing."
     )
-    add_task(parser, "for grid.png, grid.json and a folder for each cell, such as m2-i1")
+    add_task(parser, "for grid.png, table.md, compare.json and all runs")
     for name in ("merges", "injections"):
         parser.add_argument(
             f"--max-{name}", default="0-6", metavar="COUNTS", help="such as 0-6, 2 or 0,2,4 (%(default)s)"

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,15 @@ from .flags import make_parser
 from ..data.demo import DEMO
 from ..data.tasks import find_task
 from ..disk.whole import write_json
-from ..experiments.compare import carry_out_comparison, check_used, fitting, prepare_comparison
-from ..experiments.pool import check_jobs
-from ..experiments.sweep import carry_out_sweep, describe_cell, prepare_sweep
+from ..experiments.compare import Comparison, best_places, carry_out_comparison, prepare_comparison
+from ..experiments.contenders import check_used, fitting
+from ..experiments.sweep import prepare_sweep
+from ..experiments.table import describe as describe_run
 from ..inference.adapters import describe
 from ..inference.evaluate import check_tasks, evaluate, markdown
 from ..inference.generate import check_how, generate, load_tuned, stream, template_of
-from ..plots.runs import best_of, plot_runs, save_picture
+from ..maths.checks import check_whole
+from ..plots.runs import plot_runs, save_picture
 from ..plots.structure import plot_structure
 from ..runs.job import Job, prepare
 from ..runs.methods import HAVE
@@ -141,55 +143,57 @@ def counts(
     name: str = "counts",
 ) -> list[int]:  # in order, each once
     "'0-6' -> 0 to 6, '2' -> 2, '0,2,4' -> those. ValueError for anything else, and for more than a thousand."
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})(?:-(\d{1,9}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < first + 1000:
             raise ValueError(f"{name} must be such as 0-6, 2 or 0,2,4, found {text!r}")
-        found.update(range(first, last + 1))
-    return sorted(found)
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
 
 # %% ../../nbs/api/cli/01_main.ipynb #cfbaa81c
 def run_sweep(args: argparse.Namespace) -> None:
     "Train the grid, then say which cell is best and where the picture is."
-    try:
-        check_jobs(args.jobs)
-        merges, injections = counts(args.max_merges), counts(args.max_injections)
-        changes = changes_of(args) | {"max_merges": 0, "max_injections": 0}
-        grid = prepare_sweep(make_run(args.task, "imlor2c", args.model, **changes), merges, injections, args.output_dir)
-    except (ValueError, OSError, ImportError) as error:
-        stop(error)
-    print(f"{len(grid.runs())} cells; what happens in each is in {grid.folder / 'm*-i*' / 'log.txt'}", flush=True)
-    try:
-        carry_out_sweep(grid, args.jobs)
-    except RuntimeError as error:
-        stop(error, code=1)
-    finally:
-        if grid.records:
-            print(f"best of {len(grid.records)}: {describe_cell(best_of(list(grid.records.values())))}")
-            print(f"picture: {grid.folder / 'grid.png'}", flush=True)
+
+    def ready() -> Comparison:
+        changes = {name: value for name, value in changes_of(args).items() if value is not None}
+        merges, injections = (counts(changes.pop(name)) for name in ("max_merges", "max_injections"))
+        return prepare_sweep(args.task, merges, injections, args.model, args.output_dir, **changes)
+
+    def best(comparison: Comparison) -> str:
+        [place] = best_places(comparison).values()
+        return f"best of {len(comparison.records)}: {place}  {describe_run(comparison.records[place])}"
+
+    _run_many(ready, args.jobs, best)
 
 # %% ../../nbs/api/cli/01_main.ipynb #7a2225b7
 def run_compare(args: argparse.Namespace) -> None:
     "Train all, then print the table and where the picture is."
-    names, methods = ([one.strip() for one in text.split(",")] for text in (args.tasks, args.methods))
+
+    def ready() -> Comparison:
+        tasks, methods = ([name.strip() for name in text.split(",")] for text in (args.tasks, args.methods))
+        seeds = counts(args.seeds, "seeds")
+        return prepare_comparison(tasks, methods, seeds, args.model, args.output_dir, **changes_of(args))
+
+    _run_many(ready, args.jobs, lambda comparison: (comparison.folder / "table.md").read_text(encoding="utf-8"))
+
+
+def _run_many(ready: Callable[[], Comparison], jobs: int, last: Callable[[Comparison], str]) -> None:
+    "Prepare and train, then print the last word on what there is, and where the picture is."
     try:
-        check_jobs(args.jobs)
-        comparison = prepare_comparison(
-            names, methods, counts(args.seeds, "seeds"), args.model, args.output_dir, **changes_of(args)
-        )
+        check_whole("jobs", jobs)
+        comparison = ready()
     except (ValueError, OSError, ImportError) as error:
         stop(error)
     print(f"{len(comparison.runs)} runs; what happens in each is in its log.txt under {comparison.folder}", flush=True)
     try:
-        carry_out_comparison(comparison, args.jobs)
+        carry_out_comparison(comparison, jobs)
     except RuntimeError as error:
         stop(error, code=1)
     finally:
         if comparison.records:
-            print((comparison.folder / "table.md").read_text(encoding="utf-8"))
-            print(f"picture: {comparison.folder / 'compare.png'}", flush=True)
+            print(f"{last(comparison)}\npicture: {comparison.folder / comparison.picture}", flush=True)
 
 # %% ../../nbs/api/cli/01_main.ipynb #cfb80155
 def run_demo(args: argparse.Namespace) -> None:

@@ -1,27 +1,42 @@
-"""Many runs: processes are renewed now and then. What they do when killed is in test_sweep."""
+"""Many runs: processes are renewed when they have grown. What they do when killed is in test_sweep."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from lor2c.runs.recipes import make_run
 
 from lor2c.experiments import pool
+from lor2c.runs.recipes import make_run
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+from lor2c.experiments import pool
+from lor2c.runs.recipes import make_run
+
+def grow(run, folder, bar):
+    "In place of a run: hold 400 MB more, and say which process does."
+    sys.held = [*getattr(sys, "held", []), bytearray(os.urandom(1024) * 400_000)]
+    time.sleep(1.1)  # loky looks once in a second
+    return {"pid": os.getpid()}
+
+pool._attempt = grow
+ended = pool._in_processes({Path(str(seed)): make_run("demo", "head", seed=seed) for seed in range(3)}, 1)
+print(*(f"{folder} {result['pid']}" for folder, result in ended))
+"""
 
 
-def test_processes_are_renewed(monkeypatch):
-    """Two at a time, three runs each: nine runs take two sets of processes, and each run is trained once."""
-    sets = []
+def test_processes_are_renewed(tmp_path):
+    """Each run is trained once; the first run of a process is the measure for its next; loky's warning is not shown.
 
-    def in_processes(todo, jobs):
-        sets.append((list(todo), jobs))
-        return ((folder, {}) for folder in todo)
-
-    monkeypatch.setattr(pool, "in_processes", in_processes)
-    monkeypatch.setattr(pool, "RUNS_OF_A_PROCESS", 3)
-    todo = {Path(str(seed)): make_run("demo", "head", seed=seed) for seed in range(9)}
-    ended = [folder for folder, _ in pool.results(todo, 2)]
-    assert [(len(folders), jobs) for folders, jobs in sets] == [(6, 2), (3, 2)]
-    assert ended == list(todo)
+    A script needs no `if __name__ == "__main__":`.
+    """
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    first, again, second = dict(zip(*[iter(done.stdout.split())] * 2, strict=True)).values()
+    assert first == again != second and done.stdout.split()[::2] == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("jobs, asked", [(4, [(4, 9), (2, 5), (1, 5), (1, 4)]), (1, [(1, 9), (1, 4)])])
@@ -36,8 +51,8 @@ def test_the_run_that_loses_its_process_alone_has_failed(monkeypatch, capsys, jo
                 return
             yield folder, {}
 
-    monkeypatch.setattr(pool, "until_one_is_lost", until_one_is_lost)
+    monkeypatch.setattr(pool, "_until_one_is_lost", until_one_is_lost)
     todo = {Path(name): make_run("demo", "head") for name in [*"abcd", "large", *"efgh"]}
-    ended = dict(pool.in_processes(todo, jobs))
-    assert ended.pop(Path("large")).startswith(pool.LOST) and all(record == {} for record in ended.values())
+    ended = dict(pool._in_processes(todo, jobs))
+    assert ended.pop(Path("large")).startswith(pool._LOST) and all(record == {} for record in ended.values())
     assert len(ended) == 8 and seen == asked

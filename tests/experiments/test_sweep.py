@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,24 +15,25 @@ from safetensors.torch import load_file
 
 from lor2c.cli.main import main
 from lor2c.disk.checkpoints import last_complete_checkpoint
-from lor2c.experiments.sweep import carry_out_sweep, cells, prepare_sweep, sweep
+from lor2c.experiments.compare import carry_out_comparison
+from lor2c.experiments.sweep import cells, prepare_sweep, sweep
 from lor2c.maths.layout import layers_needed
 from lor2c.plots.grid import plot_grid
 from lor2c.plots.runs import save_picture
-from lor2c.runs.recipes import make_run
 
 FLAGS = (
     "sweep --task sst2 --model minilm --max-merges 0,2 --max-injections 0-1 --epochs 2 --batch-size 16 --max-length 16 "
     "--max-train-samples 64 --lr 0.01 --seed 3 --schedule fractional --device cpu"
 ).split()
-NAMES = ["m0-i0", "m2-i0", "m0-i1", "m2-i1"]
+NAMES = [f"sst2/imlor2c-max_merges-{m}-max_injections-{i}/seed-3" for m, i in [(0, 0), (2, 0), (0, 1), (2, 1)]]
 
 
 @pytest.fixture(scope="module")
 def base(glue_data):
-    return make_run(
-        "sst2", "imlor2c", "minilm", max_merges=0, max_injections=0, epochs=2, batch_size=16, max_length=16,
-        max_train_samples=64, lr=0.01, seed=3, schedule="fractional", device="cpu", data_dir=str(glue_data),
+    """What all cells share."""
+    return dict(
+        task="sst2", model="minilm", epochs=2, batch_size=16, max_length=16, max_train_samples=64, lr=0.01, seed=3,
+        schedule="fractional", device="cpu", data_dir=str(glue_data),
     )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def base(glue_data):
 def undisturbed(base, tmp_path_factory) -> Path:
     """The grid of the tests, trained without interruption in this process."""
     folder = tmp_path_factory.mktemp("undisturbed") / "grid"
-    records = sweep(base, [0, 2], [0, 1], folder)
+    records = sweep(merges=[0, 2], injections=[0, 1], output_dir=folder, **base)
     assert [r["hyper_parameters"]["max_merges"] for r in records] == [0, 2, 0, 2]
     return folder
 
@@ -81,21 +81,25 @@ def assert_same(folder: Path, other: Path, names: list[str] = NAMES) -> None:
 
 def begun(folder: Path) -> list[str]:
     """Cells that have a checkpoint and no record."""
-    found = {path.parents[1].name for path in folder.glob("m*/checkpoints/checkpoint-*")} - stamps(folder).keys()
+    found = {name for name in NAMES if (folder / name / "checkpoints").is_dir()} - stamps(folder).keys()
     return sorted(name for name in found if last_complete_checkpoint(folder / name / "checkpoints"))
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("m*/record.json")}
+    finished = [folder / name / "record.json" for name in NAMES]
+    return {path.parent.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in finished if path.exists()}
 
 
 def test_a_sweep_leaves_its_grid(undisturbed):
-    assert sorted(p.name for p in undisturbed.iterdir()) == ["grid.json", "grid.png", *sorted(NAMES)]
-    grid = json.loads((undisturbed / "grid.json").read_text())
-    assert [cell["cell"] for cell in grid["cells"]] == NAMES and grid["layers"] == 6 and grid["failed"] == {}
-    assert [(cell["merges"], cell["injections"]) for cell in grid["cells"]] == [(0, 0), (2, 0), (0, 1), (2, 1)]
-    assert grid["best"]["accuracy"] == max(cell["accuracy"] for cell in grid["cells"])
-    assert "epoch 2 of 2" in (undisturbed / "m2-i1" / "log.txt").read_text()
+    assert sorted(p.name for p in undisturbed.iterdir()) == ["compare.json", "grid.png", "sst2", "table.md"]
+    assert {p.parent.relative_to(undisturbed).as_posix() for p in undisturbed.rglob("record.json")} == {*NAMES}
+    grid = json.loads((undisturbed / "compare.json").read_text())
+    assert list(grid["runs"]) == NAMES and grid["layers"] == 6 and grid["failed"] == {} and grid["asked"] == 4
+    cells = grid["runs"].values()
+    assert [(cell["merges"], cell["injections"]) for cell in cells] == [(0, 0), (2, 0), (0, 1), (2, 1)]
+    assert [(cell["max_merges"], cell["max_injections"]) for cell in cells] == [(0, 0), (2, 0), (0, 1), (2, 1)]
+    assert grid["runs"][grid["best"]["sst2"]]["accuracy"] == max(cell["accuracy"] for cell in cells)
+    assert "epoch 2 of 2" in (undisturbed / NAMES[3] / "log.txt").read_text()
 
 
 def test_killed_in_the_middle_and_gone_on_with(glue_data, undisturbed, tmp_path):
@@ -103,22 +107,22 @@ def test_killed_in_the_middle_and_gone_on_with(glue_data, undisturbed, tmp_path)
     folder = tmp_path / "grid"
     command = (*FLAGS, "--data-dir", glue_data, "--output-dir", folder)
     process = start(*command, "--jobs", "2")
-    wait_for(process, lambda: {"m0-i1", "m2-i1"} & {*begun(folder)})  # the first two are done, or nearly so
+    wait_for(process, lambda: {*NAMES[2:]} & {*begun(folder)})  # the first two are done, or nearly so
     process.kill()
     process.communicate()
     wait_until_gone(process)
     before, left = stamps(folder), begun(folder)
-    listed = [cell["cell"] for cell in json.loads((folder / "grid.json").read_text())["cells"]]
+    listed = json.loads((folder / "compare.json").read_text())["runs"]
     assert 1 <= len(before) <= 3 and left and {*listed} <= before.keys()
 
     process = start(*command)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert f"{len(before)} of 4 cells were finished earlier" in out
+    assert f"{len(before)} of 4 runs were finished earlier" in out
     assert out.count("adapter parameters  (") == 4 - len(before)
     for name in left:
         assert "going on from checkpoint-" in (folder / name / "log.txt").read_text()
-    assert f"picture: {folder / 'grid.png'}" in out and "best of 4: m" in out
+    assert f"picture: {folder / 'grid.png'}" in out and f"best of 4: {NAMES[0].partition('-')[0]}" in out
     assert {name: stamps(folder)[name] for name in before} == before
     assert_same(folder, undisturbed)
 
@@ -128,7 +132,7 @@ def test_two_at_a_time(glue_data, undisturbed, tmp_path):
     folder = tmp_path / "grid"
     command = (*FLAGS, "--max-injections", "0", "--data-dir", glue_data, "--output-dir", folder, "--jobs", "2")
     process = start(*command)
-    wait_for(process, lambda: len(list(folder.glob("m*-i*/log.txt"))) == 2)
+    wait_for(process, lambda: len(list(folder.rglob("log.txt"))) == 2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.strip() == "lor2c: interrupted; the same command goes on", err
@@ -136,40 +140,41 @@ def test_two_at_a_time(glue_data, undisturbed, tmp_path):
 
     process = start(*command)
     workers = psutil.Process(process.pid).children
-    wait_for(process, lambda: sum("spawn_main" in " ".join(p.cmdline()) for p in workers()) == 2)
-    next(p for p in workers() if "spawn_main" in " ".join(p.cmdline())).kill()
+    wait_for(process, lambda: sum("popen_loky" in " ".join(p.cmdline()) for p in workers()) == 2)
+    next(p for p in workers() if "popen_loky" in " ".join(p.cmdline())).kill()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "going on with 1 at a time" in out and "best of 2" in out, err
-    assert_same(folder, undisturbed, ["m0-i0", "m2-i0"])
+    assert_same(folder, undisturbed, NAMES[:2])
 
 
 def test_a_failing_cell_does_not_lose_the_others(base, undisturbed, tmp_path, capsys):
-    grid = prepare_sweep(base, [0, 2], [0], tmp_path / "grid")
-    in_the_way = tmp_path / "grid" / "m0-i0" / "checkpoints"
+    asked = dict(merges=[0, 2], injections=[0], output_dir=tmp_path / "grid", **base)
+    grid = prepare_sweep(**asked)
+    in_the_way = tmp_path / "grid" / NAMES[0] / "checkpoints"
     in_the_way.parent.mkdir(parents=True)
     in_the_way.write_text("mine")
-    with pytest.raises(RuntimeError, match="1 of 2 cells failed, the others are done: m0-i0: .*checkpoints"):
-        carry_out_sweep(grid)
-    assert "m0-i0  failed: " in capsys.readouterr().out
-    assert_same(tmp_path / "grid", undisturbed, ["m2-i0"])
+    with pytest.raises(RuntimeError, match=f"1 of 2 runs failed, the others are done: {NAMES[0]}: .*checkpoints"):
+        carry_out_comparison(grid)
+    assert f"{NAMES[0]}  failed: " in capsys.readouterr().out
+    assert_same(tmp_path / "grid", undisturbed, [NAMES[1]])
     in_the_way.unlink()
-    records = sweep(base, [0, 2], [0], tmp_path / "grid")
-    assert len(records) == 2 and json.loads((tmp_path / "grid" / "grid.json").read_text())["failed"] == {}
+    records = sweep(**asked)
+    assert len(records) == 2 and json.loads((tmp_path / "grid" / "compare.json").read_text())["failed"] == {}
 
 
-def test_cells_and_their_picture(base, undisturbed, tmp_path):
+def test_cells_and_their_picture(undisturbed, tmp_path):
     """What six layers cannot reach has no run, and is hatched; what has not been run is blank; the best is framed."""
-    runs = cells(base, range(7), range(7), 6)
-    reached = {(run.max_merges, run.max_injections) for run in runs}
-    assert reached == {(m, i) for m in range(7) for i in range(7) if layers_needed(m, i) <= 6}
-    assert len(runs) == len(reached) == 22
-    assert len(cells(base, range(7), range(7), 12)) == 48
-    assert {replace(run, max_merges=0, max_injections=0) for run in runs} == {base}
+    reached = cells(range(7), range(7), 6)
+    assert {*reached} == {(m, i) for m in range(7) for i in range(7) if layers_needed(m, i) <= 6}
+    assert len(reached) == 22 and len(cells(range(7), range(7), 12)) == 48
+    settings = [json.loads((undisturbed / name / "run.json").read_text()) for name in NAMES]
+    apart = [{k: v for k, v in one.items() if k not in ("max_merges", "max_injections")} for one in settings]
+    assert all(one == apart[0] for one in apart)
 
     records = [json.loads((undisturbed / name / "record.json").read_text()) for name in NAMES]
     figure = plot_grid(records, range(7), range(7))
     [axes] = figure.axes
-    assert sum(bool(patch.get_hatch()) for patch in axes.patches) == 49 - len(runs)
+    assert sum(bool(patch.get_hatch()) for patch in axes.patches) == 49 - len(reached)
     assert len(axes.texts) == 4 and sum(not patch.get_fill() for patch in axes.patches) == 1
     save_picture(figure, tmp_path / "grid.png")
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
@@ -181,7 +186,7 @@ def test_cells_and_their_picture(base, undisturbed, tmp_path):
         (["--max-merges", "6-0"], "counts must be such as 0-6, 2 or 0,2,4, found '6-0'"),
         (["--max-injections", "some"], "found 'some'"),
         (["--max-merges", "4-6", "--max-injections", "4"], "no cell can be reached"),
-        (["--jobs", "0"], "jobs must be at least 1, found 0"),
+        (["--jobs", "0"], "jobs must be a whole number of at least 1, found 0"),
         (["--rank", "0"], "rank must be above 0"),
         (["--sfs-k", "8"], "k of SFS must be"),
         (["--task", "imdb"], "imdb"),
@@ -199,22 +204,27 @@ def test_wrong_input_is_one_line(capsys, glue_data, tmp_path, changes, message):
 
 
 def test_a_folder_of_something_else(base, undisturbed, monkeypatch, tmp_path):
-    before = (undisturbed / "grid.json").read_bytes()
-    for where, changed, message in (
-        (undisturbed, dict(rank=4), "belongs to another sweep: rank was 8, now 4"),
-        (undisturbed / "m0-i0", {}, "holds a run, not a sweep"),
-        (undisturbed / "grid.png", {}, "is a file"),
-        (tmp_path, {}, "damaged"),
+    """Another sweep's, also where this one asks for none of its cells; a run's; a file; a cell that is damaged."""
+    asked = dict(merges=[0, 2], injections=[0, 1], output_dir=undisturbed)
+    damaged = tmp_path / "grid" / NAMES[0] / "run.json"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("[]")
+    before = (undisturbed / "compare.json").read_bytes()
+    for changed, message in (
+        (dict(rank=4), "belongs to another sweep, .*: rank was 8, now 4"),
+        (dict(rank=4, merges=[1]), "belongs to another sweep, .*: rank was 8, now 4"),
+        (dict(output_dir=undisturbed / NAMES[0]), "holds a run, not a comparison"),
+        (dict(output_dir=undisturbed / "grid.png"), "is a file"),
+        (dict(output_dir=tmp_path / "grid"), "damaged"),
     ):
-        (tmp_path / "grid.json").write_text("[]")
         with pytest.raises(ValueError, match=message):
-            prepare_sweep(replace(base, **changed), [0, 2], [0, 1], where)
-    assert (undisturbed / "grid.json").read_bytes() == before
-    grid = json.loads(before)
-    del grid["settings"]["checkpointing"]  # a sweep of before there was such a setting
-    (tmp_path / "grid.json").write_text(json.dumps(grid))
-    assert prepare_sweep(base, [0], [0], tmp_path).records == {}
-    assert len(prepare_sweep(replace(base, device="auto"), [0, 2], [0, 1], undisturbed).records) == 4  # may differ
+            prepare_sweep(**(base | asked | changed))
+    assert (undisturbed / "compare.json").read_bytes() == before
+    settings = json.loads((undisturbed / NAMES[0] / "run.json").read_text())
+    del settings["checkpointing"]  # a sweep of before there was such a setting
+    damaged.write_text(json.dumps(settings))
+    assert prepare_sweep(**base, merges=[0], injections=[0], output_dir=tmp_path / "grid").records == {}
+    assert len(prepare_sweep(**(base | asked | dict(device="auto"))).records) == 4  # may differ
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="not for torchrun"):
-        prepare_sweep(base, [0, 2], [0, 1], undisturbed)
+        prepare_sweep(**base, **asked)

@@ -6,12 +6,12 @@ import pickle
 import pytest
 import torch
 import transformers as T
-from lor2c.disk.tensors import read_mark
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import DECODER, STACKS, batch, build, layers_path, task_type
 from torch import nn
 
 import lor2c
+from lor2c.disk.tensors import read_mark
 from lor2c.maths.layout import Injection, Layout
 from lor2c.tuners.injection import FusedUp, add_lora, find_qv, injected, remove_lora
 from lor2c.tuners.stack import find_layers
