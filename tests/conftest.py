@@ -68,10 +68,10 @@ def glue_data(tmp_path_factory) -> Path:
 # take longer than all others, and most changes do not touch what they test: the site in a browser, several processes, runs
 # that are killed, tutorials. A test or notebook that you add is in `make test`, unless you name it or its whole file here.
 PAGES = (
-    "api/cli/01_main",
+    "api/cli/07_main",
     *(f"explanations/{name}" for name in ("equations", "gradient_flow", "optimizer", "papers_and_code")),
     *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
-    *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "quantised")),
+    *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "own_task", "quantised")),
     *(f"howto/{name}" for name in ("resume", "serve", "several_gpus", "trainer", "trl")),
     *(f"results/{name}" for name in ("comparison", "figures", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
