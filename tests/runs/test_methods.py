@@ -8,6 +8,12 @@ import pytest
 import torch
 import transformers as T
 from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import ENCODER
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lor2c.data.base import demo_model, load_classifier
 from lor2c.data.classification import compute_metrics
 from lor2c.data.demo import load_demo
 from lor2c.data.tasks import find_task
@@ -15,12 +21,6 @@ from lor2c.runs.build import load_data
 from lor2c.runs.job import prepare
 from lor2c.runs.methods import METHODS
 from lor2c.runs.recipes import make_run
-from peft import PeftModel
-from safetensors.torch import load_file
-from tiny import ENCODER
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from lor2c.data.base import demo_model, load_classifier
 from lor2c.runs.train import make_trainer, train
 
 CASES = [(method, {}) for method in METHODS] + [("lor2c", {"rm": True}), ("imlor2c", {"rm": True})]
