@@ -21,6 +21,7 @@ from .train import draw_structure, prepare_or_exit, trained_or_exit
 from ..data.demo import DEMO
 from ..experiments.contenders import check_used, fitting
 from ..plots.runs import plot_runs, save_picture
+from ..runs.job import Finished
 from ..runs.methods import HAVE, METHODS
 
 # %% ../../nbs/api/cli/03_demo.ipynb #bd24bbce
@@ -65,7 +66,7 @@ def run_demo(args: argparse.Namespace) -> None:
     jobs = [prepare_or_exit("demo", m, None, folder / m, True, changes | fitting(given, m)) for m in methods]
     records = []
     for job in jobs:
-        if job.record:
+        if isinstance(job, Finished):
             print(f"{job.run.method}: finished earlier, taken from {job.folder} (delete the folder to train again)")
         records.append(trained_or_exit(job))
     save_picture(plot_runs(records), folder / "demo.png")
@@ -114,7 +115,7 @@ def classify(
     texts: Sequence[str],
 ) -> list[tuple[str, float]]:  # label and its probability
     "What the demo's adapter says of some texts."
-    name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=DEMO.num_labels)
     model = PeftModel.from_pretrained(base, folder).eval()
     batch = AutoTokenizer.from_pretrained(name)(list(texts), padding=True, return_tensors="pt").to(model.device)

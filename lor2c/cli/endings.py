@@ -9,9 +9,10 @@ __all__ = []
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 # %% ../../nbs/api/cli/01_endings.ipynb #03965b43
-def stop(error: Exception, code: int = 2) -> None:
+def stop(error: Exception, code: int = 2) -> NoReturn:
     "End with an exit code and the error in one line."
     if isinstance(error, BrokenPipeError):
         raise error

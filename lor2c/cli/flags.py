@@ -127,9 +127,7 @@ def add_generative(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", type=int, metavar="N", help=f"rows to score on, for alpaca ({Run.held_out})")
     parser.add_argument("--template", help=f"of the prompt, for alpaca: {' or '.join(TEMPLATES)} ({Run.template})")
     parser.add_argument("--quantize", help=f"pack the weights of a decoder: {', '.join(QUANTIZE)}")
-    parser.add_argument(
-        "--inject-alpha", type=float, metavar="X", help="alpha of injected LoRA (alpaca: half of alpha)"
-    )
+    parser.add_argument("--inject-alpha", type=float, metavar="X", help="alpha of injected LoRA (alpaca: half of alpha)")
 
 # %% ../../nbs/api/cli/00_flags.ipynb #2948a6ee
 def add_tuned(parser: argparse.ArgumentParser) -> None:

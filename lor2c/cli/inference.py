@@ -91,7 +91,7 @@ def run_eval(args: argparse.Namespace) -> None:
                 f"{args.adapter_dir} holds a whole model, which has no adapter to switch off: leave --base out"
             )
         how = args.data_dir, args.limit, args.batch_size, args.run_code, args.template
-        with model.disable_adapter() if args.base else contextlib.nullcontext():
+        with model.disable_adapter() if isinstance(model, PeftModel) and args.base else contextlib.nullcontext():
             result = evaluate(model, tokenizer, tasks, *how)
         if output:
             write_json(output, {"adapter": None if args.base else args.adapter_dir, **result})

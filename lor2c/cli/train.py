@@ -16,7 +16,7 @@ from ..data.glue import GLUE
 from ..data.tasks import find_task
 from ..plots.runs import save_picture
 from ..plots.structure import plot_structure
-from ..runs.job import Job, prepare
+from ..runs.job import Finished, Job, prepare
 from ..runs.methods import METHODS
 from ..runs.recipes import make_run
 from ..runs.train import carry_out
@@ -62,7 +62,7 @@ def run_alpaca(args: argparse.Namespace) -> None:
     run_one(prepare_or_exit("alpaca", args.method, args.model, args.output_dir, args.resume, changes_of(args)))
 
 # %% ../../nbs/api/cli/02_train.ipynb #8fbc21a2
-def run_one(job: Job) -> None:
+def run_one(job: Job | Finished) -> None:
     "Fine-tune, then say how good and where."
     record = trained_or_exit(job)
     if is_first():
@@ -73,7 +73,7 @@ def run_one(job: Job) -> None:
 # %% ../../nbs/api/cli/02_train.ipynb #79570a02
 def prepare_or_exit(
     task: str, method: str, model: str | None, output_dir: str | Path, resume: bool, changes: dict[str, Any]
-) -> Job:
+) -> Job | Finished:
     "The job, or the end: exit code 2 and one line, if anything about the input is wrong."
     try:
         return prepare(make_run(task, method, model, **changes), output_dir, resume)
@@ -81,7 +81,7 @@ def prepare_or_exit(
         stop(error)
 
 
-def trained_or_exit(job: Job) -> dict[str, Any]:
+def trained_or_exit(job: Job | Finished) -> dict[str, Any]:
     "The record, or the end: exit code 1 and one line, if the run diverged, or had no memory, disk or folder left to it."
     try:
         return carry_out(job)
@@ -89,7 +89,7 @@ def trained_or_exit(job: Job) -> dict[str, Any]:
         stop(error, code=1)
 
 # %% ../../nbs/api/cli/02_train.ipynb #6508a86c
-def summary(job: Job, record: dict[str, Any]) -> str:
+def summary(job: Job | Finished, record: dict[str, Any]) -> str:
     "Best epoch, the figure to beat, and where the files are."
     best, baseline, metric = (record["metrics"][name] for name in ("best", "baseline", "chosen_by"))
     scores = {name: value for name, value in best.items() if name not in ("epoch", "train_loss", "loss")}

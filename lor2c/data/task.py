@@ -15,6 +15,8 @@ from datasets import Dataset, DatasetDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
+from .base import Precision, Quantize
+
 # %% ../../nbs/api/data/01_task.ipynb #2f10d1fa
 class Asked(Protocol):
     "The settings of a run that a task may read."
@@ -34,9 +36,9 @@ class Asked(Protocol):
     @property
     def template(self) -> str: ...
     @property
-    def quantize(self) -> str | None: ...
+    def quantize(self) -> Quantize | None: ...
     @property
-    def precision(self) -> str: ...
+    def precision(self) -> Precision: ...
     @property
     def device(self) -> str: ...
     @property
@@ -45,7 +47,7 @@ class Asked(Protocol):
 # %% ../../nbs/api/data/01_task.ipynb #b9933b00
 @dataclass(frozen=True)
 class Kind:
-    "The part of a task that all tasks of one sort share: everything `lor2c.runs` asks, rows and labels apart."
+    "The part of a task that all tasks of one sort share: everything that `lor2c.runs` asks, but for rows and labels."
 
     task_type: str  # PEFT's name of it, such as "SEQ_CLS"
     load_model: Callable[["Task", Asked], tuple[nn.Module, PreTrainedTokenizerBase, list[str]]]  # and the new modules
@@ -55,10 +57,10 @@ class Kind:
     baseline: Callable[["Task", DatasetDict], dict[str, float]] | None = None  # what knowing nothing scores
     lower_is_better: bool = False  # of the first metric
     check: Callable[[Asked], None] | None = None  # ValueError for settings that cannot be
-    check_rows: Callable[["Task", Asked], str] | None = None  # before a model is loaded; a digest that a resumed run compares
+    check_rows: Callable[["Task", Asked], str] | None = None  # before a model is loaded: their digest, which must stay
     check_data: Callable[[nn.Module, DatasetDict], None] | None = None  # ValueError where rows and model do not fit
     own_settings: tuple[str, ...] = ()  # fields of a run that only tasks of this kind have
-    batch_of_all: bool = False  # a batch is that of all processes together, not of each
+    batch_of_all: bool = False  # the batch size is that of all processes together, not of each
     most_rows: int | None = None  # at a time, unless the run says how many; None: the batch
     least_eval_rows: int = 64  # at a time in an evaluation
     evaluations: int = 1  # in an epoch
@@ -97,13 +99,19 @@ class Task:
     labels: tuple[str, ...]  # label names in the order of their numbers; empty for regression and for texts
     metrics: tuple[str, ...]  # names of metrics; the first one chooses the best epoch
     kind: Kind
-    load: Callable[[Asked], Any] | None = None  # the rows, as the kind's `load_data` takes them
+    load: Callable[[Asked], Any] | None = None  # the rows, in the form that the kind's `load_data` takes
     recipe: Recipe = Recipe(3, 32, 128, 5e-4)
 
     @property
     def num_labels(self) -> int:
         "The size of the model's head: one logit per label, or 1 for regression."
         return len(self.labels) or 1
+
+    def rows(self, run: Asked) -> Any:
+        "The rows for a run. Raises ValueError if the task has no `load`."
+        if self.load is None:
+            raise ValueError(f"task {self.name!r} has no rows: give it a function, load=...")
+        return self.load(run)
 
 # %% ../../nbs/api/data/01_task.ipynb #12389401
 def by_length(rows: Dataset) -> Dataset:

@@ -43,6 +43,11 @@ def save_whole(
     shutil.rmtree(part, ignore_errors=True)
     for saved in (model, *others):
         saved.save_pretrained(part)
+    _exchange(part, folder, old)
+
+
+def _exchange(part: Path, folder: Path, old: Path) -> None:
+    "Put a new folder in the place of `folder`, whose content is in `old` for that moment."
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)

@@ -65,17 +65,17 @@ def prepare_comparison(
     check_alone()
     for name, values in (("tasks", tasks), ("methods", contenders), ("seeds", seeds)):
         check_list(name, values)
-    made = Comparison(Path(output_dir), {name: value for name, value in changes.items() if value is not None})
-    if (made.folder / "run.json").exists():
-        raise ValueError(f"{made.folder} holds a run, not a comparison: name another --output-dir")
-    check_used(made.settings, [read_contender(text)[0] for text in contenders])
+    comparison = Comparison(Path(output_dir), {name: value for name, value in changes.items() if value is not None})
+    if (comparison.folder / "run.json").exists():
+        raise ValueError(f"{comparison.folder} holds a run, not a comparison: name another --output-dir")
+    check_used(comparison.settings, [read_contender(text)[0] for text in contenders])
     for task, text, seed in product(tasks, contenders, seeds):
         place = f"{task}/{text.replace(':', '-').replace('=', '-')}/seed-{seed}"
-        made.runs[place] = contender_run(task, text, seed, model, made.settings)
-        made.names[place] = text
-    _check_different(made)
-    _look(made)
-    return made
+        comparison.runs[place] = contender_run(task, text, seed, model, comparison.settings)
+        comparison.names[place] = text
+    _check_different(comparison)
+    _look(comparison)
+    return comparison
 
 # %% ../../nbs/api/experiments/03_compare.ipynb #655fb2f7
 def _check_different(comparison: Comparison) -> None:
@@ -163,21 +163,25 @@ def _write(comparison: Comparison) -> None:
     "compare.json and, of the records that there are, table.md and the picture."
     records = {place: comparison.records[place] for place in comparison.runs if place in comparison.records}
     runs, names = list(records.values()), [comparison.names[place] for place in records]
-    content = {
-        "settings": comparison.settings,
-        **comparison.about,
-        "asked": len(comparison.runs),
-        "rows": rows_of(runs, names),
-        "best": best_places(comparison),
-        "runs": {place: {"contender": comparison.names[place], **summary_of(records[place])} for place in records},
-        "failed": comparison.failed,
-    }
-    write_json(comparison.folder / "compare.json", content)
+    write_json(comparison.folder / "compare.json", _content(comparison, records, names))
     if runs:
         shared = ", ".join(f"{name} = {value}" for name, value in comparison.settings.items())
         text = markdown(runs, names) + (f"\nfor all that have it: {shared}\n" if shared else "")
         (comparison.folder / "table.md").write_text(text, encoding="utf-8")
         save_picture(comparison.draw(runs, names), comparison.folder / comparison.picture)
+
+
+def _content(comparison: Comparison, records: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
+    "The content of compare.json."
+    return {
+        "settings": comparison.settings,
+        **comparison.about,
+        "asked": len(comparison.runs),
+        "rows": rows_of(list(records.values()), names),
+        "best": best_places(comparison),
+        "runs": {place: {"contender": comparison.names[place], **summary_of(records[place])} for place in records},
+        "failed": comparison.failed,
+    }
 
 # %% ../../nbs/api/experiments/03_compare.ipynb #bf27edeb
 def best_places(comparison: Comparison) -> dict[str, str]:

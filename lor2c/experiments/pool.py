@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +25,8 @@ import transformers
 from joblib.externals.loky import ProcessPoolExecutor
 from tqdm import tqdm
 
+from ..data.task import Task
+from ..data.tasks import add_task, added_tasks
 from ..runs.progress import duration
 from ..runs.settings import Run
 from ..runs.train import train
@@ -52,8 +54,10 @@ def _attempt(
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 # %% ../../nbs/api/experiments/00_pool.ipynb #e56d5212
-def _begin_worker(threads: int, verbosity: int, alive: Connection) -> None:
+def _begin_worker(threads: int, verbosity: int, alive: Connection, tasks: Sequence[Task]) -> None:
     "Set up a process of the pool."
+    for task in tasks:
+        add_task(task)
     # Ctrl-C is for the command alone, which then kills its processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
@@ -95,7 +99,7 @@ def _in_processes(todo: Mapping[Path, Run], jobs: int) -> Generator[tuple[Path, 
 def _until_one_is_lost(todo: Mapping[Path, Run], jobs: int) -> Generator[tuple[Path, dict[str, Any] | str]]:
     "Train in so many processes, in the order given, as long as none of them is ended from outside."
     alive, holder = multiprocessing.Pipe(duplex=False)
-    setup = max(1, torch.get_num_threads() // jobs), transformers.logging.get_verbosity(), alive
+    setup = max(1, torch.get_num_threads() // jobs), transformers.logging.get_verbosity(), alive, added_tasks()
     # The holder is closed last: until then the processes live.
     with holder, contextlib.ExitStack() as stack:
         pool = ProcessPoolExecutor(jobs, initializer=_begin_worker, initargs=setup)

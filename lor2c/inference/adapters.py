@@ -89,12 +89,10 @@ def _draw(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
     shared, scaling = config.get("share", False), config["alpha"] / config["r"]
     residuals = tensors_by_layer(with_copies(tensors) if shared else tensors)
     lora = injections_by_module(tensors)
-    lines: dict[int, str] = {}
     depth = max([int(parts["span"][2]) for parts in residuals.values()] + [n for _, n in lora.values()], default=0)
-    for (_, end), parts in residuals.items():
-        start = int(parts["span"][0])
-        lines |= {t: "\u2502" for t in range(start, end)} | {start: "\u2514" if start < end else "\u2576"}
-        lines[end] = ("\u250c" if start < end else "\u2500") + f" {_pair_line(parts, scaling, shared)}"
+    lines: dict[int, str] = {}
+    for parts in residuals.values():
+        lines |= _span_lines(parts, scaling, shared)
     injected = {injection.layer: injection for injection, _ in lora.values()}
     lines |= {t: f"  LoRA on {_lora_line(injection, lora, tensors)}" for t, injection in injected.items()}
     sharing = "sharing one A, " if shared else ""
@@ -103,6 +101,13 @@ def _draw(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
     return [f"{head}; {rank}", *(f"  layer {t:>2} {lines.get(t, '')}".rstrip() for t in reversed(range(depth)))]
 
 # %% ../../nbs/api/inference/00_adapters.ipynb #21ef321c
+def _span_lines(parts: dict[str, Tensor], scaling: float, shared: bool) -> dict[int, str]:  # layer -> its line
+    "A residual over the layers that it spans."
+    start, end, _ = parts["span"].tolist()
+    lines = {t: "\u2502" for t in range(start, end)} | {start: "\u2514" if start < end else "\u2576"}
+    return lines | {end: ("\u250c" if start < end else "\u2500") + f" {_pair_line(parts, scaling, shared)}"}
+
+
 def _pair_line(parts: dict[str, Tensor], scaling: float, shared: bool) -> str:
     "A residual in a line: how many numbers are its own, and how its spectrum has used the rank."
     A, B = parts["A"], parts["B"]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data.instructions import alpaca_prompt, make_prompt
+from ..data.prompts import alpaca_prompt, make_prompt
 from .benchmarks import BENCHMARKS
 from .tasks import FEWSHOT_SEED, check_tasks, load_tasks
 from ..tuners.fold import in_eval_mode
@@ -126,6 +126,29 @@ def _entry(results: Mapping[str, Any], name: str, owner: str, tasks: Sequence[An
         entry["subtasks"] = {task.config.dataset_name: _entry(results, task.task_name, owner, [task]) for task in tasks}
     return entry
 
+
+def _entries(
+    lm: Any,
+    loaded: dict[str, Any],  # from `load_tasks`
+    owners: Mapping[str, str],  # task -> its benchmark
+    results: Mapping[str, Any],  # of the harness
+) -> dict[str, dict[str, Any]]:
+    "The entry of each task, and how many of its prompts lost their beginning."
+    entries = {}
+    for name, owner in owners.items():
+        members = loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else [loaded["tasks"][name]]
+        entries[name] = _entry(results, name, owner, members) | {"cut": _count_cut(lm, members)}
+    return entries
+
+
+def _settings(lm: Any, data_dir: str | os.PathLike[str] | None, **arguments: Any) -> dict[str, Any]:
+    "What `evaluate` was asked for, and what no argument of it decides."
+    return {
+        "data_dir": None if data_dir is None else os.fspath(data_dir), **arguments,
+        "max_length": lm.max_length, "device": str(lm.device), "dtype": str(lm.model.dtype),
+        "fewshot_seed": FEWSHOT_SEED, "decoding": "greedy",
+    }  # fmt: skip
+
 # %% ../../nbs/api/inference/05_evaluate.ipynb #c6a0dd78
 _not_the_papers = (
     "scored by EleutherAI's lm-evaluation-harness; the LoR2C paper used InstructEval, which has other prompts "
@@ -169,15 +192,8 @@ def evaluate(
         lm = _wrapped(model, tokenizer, batch_size, template)
         loaded = load_tasks(owners, data_dir, template)
         _check_room(lm, loaded["tasks"])
-        results, entries = _scores(lm, loaded, limit, run_code, template), {}
-        for name, owner in owners.items():
-            members = loaded["groups"][name].get_all_tasks() if name in loaded["groups"] else [loaded["tasks"][name]]
-            entries[name] = _entry(results, name, owner, members) | {"cut": _count_cut(lm, members)}
-    settings = {
-        "data_dir": None if data_dir is None else os.fspath(data_dir), "limit": limit, "batch_size": batch_size,
-        "run_code": run_code, "template": template, "max_length": lm.max_length, "device": str(lm.device),
-        "dtype": str(model.dtype), "fewshot_seed": FEWSHOT_SEED, "decoding": "greedy",
-    }  # fmt: skip
+        entries = _entries(lm, loaded, owners, _scores(lm, loaded, limit, run_code, template))
+    settings = _settings(lm, data_dir, limit=limit, batch_size=batch_size, run_code=run_code, template=template)
     versions = {name: version(name) for name in ("lm_eval", "torch", "transformers", "peft", "datasets")}
     notes = _notes(entries, owners, data_dir is not None, limit)
     return {

@@ -21,7 +21,7 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedTokenizerBas
 from transformers.generation.streamers import BaseStreamer
 
 from ..data.base import DTYPES, find_model, load_decoder, position_limit
-from ..data.instructions import TEMPLATES, as_tokens, make_prompt
+from ..data.prompts import TEMPLATES, as_tokens, make_prompt
 from .adapters import part_of, read_adapter
 from ..maths.checks import check_whole, one_of
 from ..tuners.fold import in_eval_mode

@@ -148,27 +148,36 @@ def load_tasks(
     template: str = "plain",
 ) -> dict[str, dict[str, Any]]:  # `tasks`, `groups` and `group_map`, as the harness's `evaluate` takes them
     "Build all tasks, with the harness's seed. Raises ConnectionError if rows are neither on the hub nor in its cache."
-    from lm_eval.tasks import TaskManager
-
     with TemporaryDirectory() as folder:
         for name, owner in owners.items():
             for task, subtask in subtasks_of(name).items():
-                settings = task_settings(task, owner, template)
-                if data_dir is not None:
-                    rows = {"name": owner, "folder": os.fspath(data_dir), "subtask": subtask}
-                    settings |= {"custom_dataset": read_rows, "dataset_kwargs": rows, **BENCHMARKS[owner].local}
+                rows = {} if data_dir is None else _local_rows(owner, subtask, data_dir)
+                settings = task_settings(task, owner, template) | rows
                 Path(folder, f"{task}.yaml").write_text(_as_yaml(settings), encoding="utf-8")
-        manager = TaskManager(include_defaults=False, include_path=[*harness_folders(), folder])
-        try:
-            loaded = manager.load(list(owners))
-        except Exception as error:
-            if data_dir is not None:
-                raise
-            cause = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ConnectionError(
-                f"the rows of {', '.join(owners)} cannot be fetched from the hub ({cause}): connect once, "
-                f"or give --data-dir with a folder that holds {', '.join(dict.fromkeys(owners.values()))}"
-            ) from error
+        loaded = _built(folder, owners, from_hub=data_dir is None)
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(FEWSHOT_SEED)
     return loaded
+
+
+def _local_rows(owner: str, subtask: str, data_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    "The settings by which a task reads its rows with `read_rows`."
+    rows = {"name": owner, "folder": os.fspath(data_dir), "subtask": subtask}
+    return {"custom_dataset": read_rows, "dataset_kwargs": rows, **BENCHMARKS[owner].local}
+
+
+def _built(folder: str, owners: Mapping[str, str], from_hub: bool) -> dict[str, dict[str, Any]]:
+    "The tasks whose settings lie in a folder. Raises ConnectionError if the hub does not give their rows."
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False, include_path=[*harness_folders(), folder])
+    try:
+        return manager.load(list(owners))
+    except Exception as error:
+        if not from_hub:
+            raise
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConnectionError(
+            f"the rows of {', '.join(owners)} cannot be fetched from the hub ({cause}): connect once, "
+            f"or give --data-dir with a folder that holds {', '.join(dict.fromkeys(owners.values()))}"
+        ) from error

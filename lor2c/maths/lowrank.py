@@ -79,9 +79,10 @@ def singular_values(
     In the type of float64 pairs; in float32 for narrower ones, resolved to 1e-8 of the largest. For r > d only d values
     can differ from zero: d are returned. Lists are decomposed together, without a copy of all of them.
     """
-    listed = not isinstance(A, Tensor)
-    R_A, R_B = (_triangles([a.mT for a in A]), _triangles(B)) if listed else (_triangle(A.mT), _triangle(B))
-    first = A[0] if listed else A
+    if isinstance(A, Tensor) and isinstance(B, Tensor):
+        R_A, R_B, first = _triangle(A.mT), _triangle(B), A
+    else:
+        R_A, R_B, first = _triangles([a.mT for a in A]), _triangles(list(B)), A[0]
     values = torch.linalg.svdvals(R_B @ R_A.mT)[..., : first.shape[-1]] * abs(scaling)
     return values.to(torch.promote_types(first.dtype, torch.float32))
 

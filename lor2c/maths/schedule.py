@@ -7,6 +7,7 @@ __all__ = ['interval', 'Due', 'plan', 'remarks']
 
 # %% ../../nbs/api/maths/04_schedule.ipynb #843bb070
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -58,16 +59,17 @@ def plan(
     A decision that would fall on or after the last step is left out: nothing would be trained on what it leaves.
     Raises ValueError for negative limits or an unknown schedule.
     """
-    decisions: list[Due] = []
     limits: dict[Move, int] = {"merge": max_merges, "inject": max_injections}
-    for move, limit in limits.items():
-        check_limit(move, limit)
-        every = interval(steps / steps_per_epoch, limit, how)
-        for i in range(1, limit + 1):
-            step = max(1, round(i * every * steps_per_epoch))
-            if step < steps:
-                decisions.append(Due(step, i * every, move))
+    decisions = [due for move, limit in limits.items() for due in _due(move, limit, steps, steps_per_epoch, how)]
     return sorted(decisions, key=lambda due: (due.step, due.move != "merge"))
+
+
+def _due(move: Move, limit: int, steps: int, steps_per_epoch: float, how: Schedule) -> list[Due]:
+    "The decisions about one kind of move."
+    check_limit(move, limit)
+    every = interval(steps / steps_per_epoch, limit, how)
+    decisions = [Due(max(1, round(i * every * steps_per_epoch)), i * every, move) for i in range(1, limit + 1)]
+    return [due for due in decisions if due.step < steps]
 
 # %% ../../nbs/api/maths/04_schedule.ipynb #6adc68a9
 def check_limit(move: Move, limit: int) -> None:
@@ -82,17 +84,20 @@ def remarks(
     steps: int,
 ) -> list[str]:
     "Say what is unlike the paper: decisions that do not fit, fall into the second half, or on the same step."
-    notes = []
-    for move, limit in (("merge", max_merges), ("inject", max_injections)):
-        fit = [due for due in decisions if due.move == move]
-        if len(fit) < limit:
-            notes.append(
-                f"{len(fit)} of {limit} {move} decisions fit into the run: the others would come at its end or later. "
-                "Train longer, or use schedule='fractional'"
-            )
-        if late := [due for due in fit if due.step > steps / 2]:
-            epochs = ", ".join(f"{due.epoch:g}" for due in late)
-            notes.append(f"{move} decisions fall into the second half of training, at epoch {epochs}")
-        if crowded := len(fit) - len({due.step for due in fit}):
-            notes.append(f"{crowded} {move} decisions fall on the step of another: the run is too short for so many")
-    return notes
+    limits: dict[Move, int] = {"merge": max_merges, "inject": max_injections}
+    fit = {move: [due for due in decisions if due.move == move] for move in limits}
+    return [remark for move, limit in limits.items() for remark in _remarks_on(move, fit[move], limit, steps)]
+
+
+def _remarks_on(move: Move, fit: list[Due], limit: int, steps: int) -> Iterator[str]:
+    "The remarks on one kind of move, of which these decisions fit into the run."
+    if len(fit) < limit:
+        yield (
+            f"{len(fit)} of {limit} {move} decisions fit into the run: the others would come at its end or later. "
+            "Train longer, or use schedule='fractional'"
+        )
+    if late := [due for due in fit if due.step > steps / 2]:
+        epochs = ", ".join(f"{due.epoch:g}" for due in late)
+        yield f"{move} decisions fall into the second half of training, at epoch {epochs}"
+    if crowded := len(fit) - len({due.step for due in fit}):
+        yield f"{crowded} {move} decisions fall on the step of another: the run is too short for so many"

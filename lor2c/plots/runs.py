@@ -58,13 +58,18 @@ def plot_runs(
         _draw_size(by_size, record, colour)
     for axes in (by_epoch, by_size):
         axes.axhline(constant_answer(records, task), color="grey", ls="--", lw=1)
+    _label(by_epoch, by_size, task, metric)
+    return figure
+
+
+def _label(by_epoch: Axes, by_size: Axes, task: str, metric: str) -> None:
+    "Titles, labels and the legend of the two panels."
     by_epoch.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=f"{task}: score by epoch")
     by_epoch.legend(fontsize=8)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
     # Room for the labels.
     by_size.margins(x=0.25, y=0.1)
     by_size.set(xscale="log", xlabel="trainable parameters", title=f"{task}: best epoch against size")
-    return figure
 
 
 def _draw_epochs(axes: Axes, record: dict[str, Any], metric: str, colour: str) -> None:

@@ -93,13 +93,16 @@ def plot_structure(
     for epoch, move in moves:
         _draw_move(axes, epoch, move, depth)
     axes.set(xlim=(0, end), ylim=(-0.6, depth - 0.4 + 1.1 * in_vain), xlabel="epoch", ylabel="layer")
-    axes.set_title(f"{record['task']}: structure of {record['method']}")
-    axes.set_yticks(range(0, depth, 1 + depth // 13))
-    present = {block.kind for block in blocks}
+    axes.set(title=f"{record['task']}: structure of {record['method']}", yticks=range(0, depth, 1 + depth // 13))
+    _explain(figure, axes, {block.kind for block in blocks})
+    return figure
+
+
+def _explain(figure: Figure, axes: Axes, present: set[str]) -> None:
+    "The legend: the kinds of blocks that are there, and each kind of marker once."
     kinds = [Patch(color=_LOOKS[kind][0], label=kind) for kind in _LOOKS if kind in present]
     marks = {line.get_label(): line for line in axes.lines}
     figure.legend(handles=[*kinds, *marks.values()], loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    return figure
 
 
 def _draw_block(axes: Axes, block: _Block, end: float) -> None:
@@ -126,10 +129,7 @@ def plot_scores(
 ) -> Figure:
     "What a run noted of each residual, by epoch. Raises ValueError without a structure. Source: LoR2C Fig. 4, 5."
     one_of("measure", measure, ("score", "gradient"))
-    noted: dict[tuple[int, int], dict[float, float]] = {}
-    for entry in _structure_of(record):
-        for residual in entry["residuals"]:
-            noted.setdefault(tuple(residual["layers"]), {})[entry["epoch"]] = residual[measure]
+    noted = _noted(record, measure)
     figure, axes = plt.subplots(figsize=(5.2, 3.2), layout="constrained")
     for span, points in sorted(noted.items()):
         _draw_residual(axes, *span, points)
@@ -138,6 +138,15 @@ def plot_scores(
     axes.set(xlabel="epoch", ylabel=name, title=f"{record['task']}: residuals of {record['method']}")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
+
+
+def _noted(record: dict[str, Any], measure: str) -> dict[tuple[int, int], dict[float, float]]:
+    "Span -> epoch -> what a run noted there."
+    noted: dict[tuple[int, int], dict[float, float]] = {}
+    for entry in _structure_of(record):
+        for residual in entry["residuals"]:
+            noted.setdefault(tuple(residual["layers"]), {})[entry["epoch"]] = residual[measure]
+    return noted
 
 
 def _draw_residual(axes: Axes, first: int, last: int, points: Mapping[float, float]) -> None:

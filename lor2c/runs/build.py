@@ -34,32 +34,40 @@ def adapter_config(
         case "head":
             return LoraConfig(**common, target_modules=DUMMY_TARGET_MODULES)
         case "lora" | "dora" | "pissa" | "rlora" | "gmlora" | "rmlora":
-            start = "pissa" if run.method == "pissa" else True
-            return LoraConfig(**common, **_lora_settings(run), use_dora=run.method == "dora", init_lora_weights=start)
-        case "adalora":  # half as much again at the start, as in PEFT; the steps are set once they are known
-            start = -(-3 * run.rank // 2)
-            return AdaLoraConfig(
-                **common, **_lora_settings(run), target_r=run.rank, init_r=start, tinit=1, tfinal=1, total_step=3
-            )
-        case "loha" | "lokr":  # PEFT has no dropout of their input
+            return LoraConfig(
+                **common, **_lora_settings(run), use_dora=run.method == "dora",
+                init_lora_weights="pissa" if run.method == "pissa" else True,
+            )  # fmt: skip
+        case "adalora":
+            return AdaLoraConfig(**common, **_lora_settings(run), **_adalora_settings(run))
+        case "loha" | "lokr":
             config = LoHaConfig if run.method == "loha" else LoKrConfig
-            return config(**common, r=run.rank, alpha=run.alpha)
+            return config(**common, r=run.rank, alpha=run.alpha)  # type: ignore[arg-type]  # PEFT divides it by r
         case "reslora-is" | "reslora-bs" | "reslora-ms":
             shortcut, usual = SHORTCUTS[run.method]
-            links = dict(shortcut=shortcut, pre_num=usual if run.pre_num is None else run.pre_num)
-            return ResLoRAConfig(**common, **links, r=run.rank, alpha=run.alpha, dropout=run.dropout)
+            pre_num = usual if run.pre_num is None else run.pre_num
+            return ResLoRAConfig(**common, **_settings(run), shortcut=shortcut, pre_num=pre_num)
         case _:
-            share = run.share or run.method == "sharelor2c"
-            return LoR2CConfig(**common, r=run.rank, alpha=run.alpha, dropout=run.dropout, share=share)
+            return LoR2CConfig(**common, **_settings(run), share=run.share or run.method == "sharelor2c")
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    "A run's rank, alpha and dropout in this library's words."
+    return dict(r=run.rank, alpha=run.alpha, dropout=run.dropout)
 
 
 def _lora_settings(run: Run) -> dict[str, Any]:
     "A run's rank, alpha and dropout in LoRA's words; it goes on q and v, PEFT's default."
     return dict(r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout)
 
+
+def _adalora_settings(run: Run) -> dict[str, Any]:
+    "Half as much rank again at the start, as in PEFT; the steps are set once they are known."
+    return dict(target_r=run.rank, init_r=-(-3 * run.rank // 2), tinit=1, tfinal=1, total_step=3)
+
 # %% ../../nbs/api/runs/03_build.ipynb #8dd9d282
 def build_model(run: Run) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    "What a run trains, with initial values drawn from its seed, and the tokenizer."
+    "The model of a run with its adapter, initial values drawn from the run's seed, and the tokenizer."
     set_seed(run.seed)
     task = find_task(run.task)
     model, tokenizer, new = task.kind.load_model(task, run)
@@ -70,8 +78,8 @@ def build_model(run: Run) -> tuple[nn.Module, PreTrainedTokenizerBase]:
 def count_parameters(model: nn.Module) -> dict[str, int]:
     "How many numbers are trained, and how many of them are an adapter's (the rest is the head)."
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    in_adapter = isinstance(model, PeftModel) and sum(n for name, n in trained.items() if "modules_to_save" not in name)
-    return {"trainable_parameters": sum(trained.values()), "adapter_parameters": int(in_adapter)}
+    of_adapter = [n for name, n in trained.items() if "modules_to_save" not in name] if isinstance(model, PeftModel) else []
+    return {"trainable_parameters": sum(trained.values()), "adapter_parameters": sum(of_adapter)}
 
 # %% ../../nbs/api/runs/03_build.ipynb #fc30fdab
 def load_data(

@@ -6,16 +6,16 @@
 __all__ = ['Job', 'prepare']
 
 # %% ../../nbs/api/runs/07_job.ipynb #db2cd170
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
+from datasets import DatasetDict
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from ..data.task import validation_splits
+from ..data.task import Asked, Task, validation_splits
 from ..data.tasks import find_task
 from .build import build_model, load_data
 from .folder import claim, read_started
@@ -29,48 +29,61 @@ class Job:
 
     run: Run
     folder: Path
-    record: dict[str, Any] | None = None  # of a run that is finished already; then there is nothing else
-    model: nn.Module | None = None
-    tokenizer: transformers.PreTrainedTokenizerBase | None = None
-    data: datasets.DatasetDict | None = None
-    args: TrainingArguments | None = None
-    best: str = ""  # metric that chooses the best epoch
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    data: DatasetDict
+    args: TrainingArguments
+    best: str  # metric that chooses the best epoch
     baseline: dict[str, float] = field(default_factory=dict)  # the figure to beat
-    left_out: dict[str, list[int]] = field(default_factory=dict)  # rows of instruction data, by reason
-    digest: str = ""  # of the rows of instruction data
+    left_out: dict[str, list[int]] = field(default_factory=dict)  # rows that cannot be used, by reason
+    digest: str = ""  # of the rows, if the kind of task looks at them first
+    record: None = None  # there is none yet
+
+# %% ../../nbs/api/runs/07_job.ipynb #303d15d6
+@dataclass(frozen=True)
+class Finished:
+    "A run that was trained earlier, and its record."
+
+    run: Run
+    folder: Path
+    record: dict[str, Any]
 
 # %% ../../nbs/api/runs/07_job.ipynb #f69d2de0
 def prepare(
     run: Run,
     output_dir: str | Path,
     resume: bool = False,  # go on with an unfinished run in output_dir, or take the record of a finished one
-) -> Job:
-    "Everything a run needs. Raises ValueError, OSError or ImportError where it does not fit; writes nothing."
+) -> Job | Finished:
+    "Everything a run needs, or its record. Raises ValueError, OSError or ImportError if it does not fit; writes nothing."
     folder, task = Path(output_dir), find_task(run.task)
     if record := claim(run, folder, resume):
-        return Job(run, folder, record)
+        return Finished(run, folder, record)
     check_device(run)
     check_report_to(run.report_to)
     micro_batches(run)
-    kind = task.kind
-    digest = _digest(run, folder) if kind.check_rows else ""  # looked at first: a base may take minutes to load
+    digest = _digest(run, folder, task, task.kind.check_rows) if task.kind.check_rows else ""
+    model, tokenizer = _checked_model(run)
+    data, left_out = load_data(run, tokenizer)
+    if task.kind.check_data:
+        task.kind.check_data(model, data)
+    best = "_".join(filter(None, [next(iter(validation_splits(data))), task.metrics[0]]))
+    args = training_arguments(run, folder / "checkpoints", f"eval_{best}")
+    baseline = task.kind.baseline(task, data) if task.kind.baseline else {}
+    return Job(run, folder, model, tokenizer, data, args, best, baseline, left_out, digest)
+
+
+def _checked_model(run: Run) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    "The model and its tokenizer. Raises ValueError if one of the run's callbacks could not change it."
     model, tokenizer = build_model(run)
     for callback in callbacks_of(run):
         if hasattr(callback, "check"):
             callback.check(model)
-    data, left_out = load_data(run, tokenizer)
-    if kind.check_data:
-        kind.check_data(model, data)
-    best = "_".join(filter(None, [next(iter(validation_splits(data))), task.metrics[0]]))
-    args = training_arguments(run, folder / "checkpoints", f"eval_{best}")
-    baseline = kind.baseline(task, data) if kind.baseline else {}
-    return Job(run, folder, None, model, tokenizer, data, args, best, baseline, left_out, digest)
+    return model, tokenizer
 
 
-def _digest(run: Run, folder: Path) -> str:
-    "A digest of the rows. ValueError where they cannot be used, or the run in the folder began with others."
-    task = find_task(run.task)
-    digest, started = task.kind.check_rows(task, run), folder / "run.json"
+def _digest(run: Run, folder: Path, task: Task, check_rows: Callable[[Task, Asked], str]) -> str:
+    "A digest of the rows. Raises ValueError if they cannot be used, or if the run in the folder began with others."
+    digest, started = check_rows(task, run), folder / "run.json"
     if started.exists() and read_started(started).get("rows", digest) != digest:
         raise ValueError(f"the rows have changed since the run in {folder} began: name another --output-dir")
     return digest

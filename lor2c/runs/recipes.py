@@ -24,7 +24,7 @@ def make_run(
     model: str | None = None,  # name on the hub or folder; None only if the task has a model of its own
     **changes: Any,  # any field of Run; None keeps the default
 ) -> Run:
-    """A run with the settings that its task begins with, changed where asked.
+    """A run with the settings that its task begins with, changed where you ask.
 
     Raises ValueError for an unknown task or method, for a missing model, and as `Run` does."""
     one_of("method", method, METHODS)
@@ -50,11 +50,13 @@ def _of_changing(recipe: Recipe, method: str, given: dict[str, Any]) -> dict[str
 
 
 def _precision(device: str) -> str:
-    there = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and device != "cpu"
-    return "bf16" if there else "fp32"
+    "bf16 if there is a GPU that has it."
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and device != "cpu"
+    return "bf16" if on_gpu else "fp32"
 
 
 def _model_of(task: str, recipe: Recipe, model: str | None) -> str:
+    "The base model. Raises ValueError if it is missing, or if the task is for another one."
     if recipe.model and model not in (None, recipe.model):
         raise ValueError(f"task {task!r} is for model {recipe.model!r}, found {model!r}")
     if not (name := recipe.model or model):

@@ -8,20 +8,23 @@ __all__ = ['Run']
 # %% ../../nbs/api/runs/01_settings.ipynb #39c0501d
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from ..data.base import DTYPES
+from ..data.base import DTYPES, Precision, Quantize
+from ..data.prompts import Template
 from ..data.tasks import find_task, own_settings
 from ..maths.checks import check_whole, one_of
 from .methods import HAVE, METHODS, RM_LORA
-from ..training.decisions import Settings
+from ..training.decisions import Rules, Schedule, Settings
 from ..training.masks import RMSettings
+from ..training.scores import Score
 
 # %% ../../nbs/api/runs/01_settings.ipynb #49abb9e2
 @dataclass(frozen=True)
 class Run:
     """Settings of one fine-tuning run; `make_run` fills in the defaults of a task.
 
-    Raises ValueError for what cannot be: an unknown method, a number out of its range.
+    Raises ValueError for an unknown task or method, a number out of its range, or a setting that task or method lack.
     """
 
     task: str  # name of a task, see lor2c.data.tasks
@@ -38,14 +41,14 @@ class Run:
     max_merges: int = 0  # M_max; the methods that change their structure have limits of their own
     max_injections: int = 0  # I_max
     inject_alpha: float | None = None  # of injected LoRA; the residuals' if None
-    schedule: str = "epoch"  # when to change: or "fractional"
-    score: str = "sfs"  # or "mean"
+    schedule: Schedule = "epoch"  # when to change
+    score: Score = "sfs"
     sfs_k: int | None = None  # k of SFS; rank // 2 if None
-    rules: str = "paper"  # or "reference": what the reference code does
+    rules: Rules = "paper"  # "reference": as the reference code does
     rm: bool = False  # regularise and mask, beside what the method does
     rm_coefficient: float = RMSettings.coefficient  # of the regulariser
     rm_directions: int | None = None  # updated in each step; half of the rank if None
-    rm_mask: str = "gradient"  # or "update"
+    rm_mask: Literal["gradient", "update"] = "gradient"
     pre_num: int | None = None  # previous blocks of a ResLoRA block, -1: all; None: 1 for reslora-is, 4 for the others
     weight_decay: float = 0.01
     warmup: float = 0.06  # share of all steps
@@ -54,10 +57,10 @@ class Run:
     micro_batch_size: int | None = None  # rows at a time, gradients added up; None: the batch, on alpaca at most 8
     checkpointing: bool = False  # compute activations again in backward rather than keep them
     held_out: int = 500  # rows of instruction data to score on
-    template: str = "alpaca"  # of instructions; or "chat": the tokenizer's own
-    quantize: str | None = None  # pack the weights of a decoder: 4bit, 8bit (bitsandbytes), torchao-int8
-    precision: str = "fp32"  # or bf16, fp16: mixed precision
-    device: str = "auto"  # or cpu, cuda, mps
+    template: Template = "alpaca"  # of instructions; "chat": the tokenizer's own
+    quantize: Quantize | None = None  # pack the weights of a decoder, with bitsandbytes or torchao
+    precision: Precision = "fp32"  # the others: mixed precision
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     data_dir: str | None = None  # folder of the data; None: from the hub
     report_to: str = "none"  # or tensorboard, wandb, ...: as in TrainingArguments
 
@@ -69,20 +72,24 @@ class Run:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)!r}")
         if self.checkpointing and self.method in ("reslora-is", "reslora-ms"):
             raise ValueError(f"method {self.method!r} reads activations that checkpointing does not keep: leave it out")
+        self._check_method()
+        self.settings()
+        for name in ("max_train_samples", "micro_batch_size"):
+            if (value := getattr(self, name)) is not None:
+                check_whole(name, value)
+        self._check_task()
+
+    def _check_method(self) -> None:
+        "Raises ValueError for settings that the method does not have."
         for name, methods in HAVE.items():
             if getattr(self, name) != getattr(Run, name) and self.method not in methods:
                 own = "; LoRA with it is method 'rmlora'" if name == "rm" else ""
                 raise ValueError(f"method {self.method!r} has no {name}: choose one of {', '.join(methods)}{own}")
             if name.startswith("rm_") and getattr(self, name) != getattr(Run, name) and not any(self.rm_parts()):
                 raise ValueError(f"{name} is for method {self.method!r} with rm=True (--rm)")
-        self.settings()
-        for name in ("max_train_samples", "micro_batch_size"):
-            if (value := getattr(self, name)) is not None:
-                check_whole(name, value)
-        self.check_task()
 
-    def check_task(self) -> None:
-        "ValueError for an unknown task, for settings that its kind does not have, and for those that its kind refuses."
+    def _check_task(self) -> None:
+        "Raises ValueError for an unknown task, for settings that its kind does not have, and for those that it refuses."
         kind = find_task(self.task).kind
         for name in sorted(own_settings() - set(kind.own_settings)):
             if getattr(self, name) != getattr(Run, name):
@@ -95,6 +102,6 @@ class Run:
         return (True, True) if self.rm else RM_LORA.get(self.method, (False, False))
 
     def settings(self) -> Settings:
-        "What decides about the structure. Raises ValueError for what cannot be."
+        "The settings of IMLoR2C in it. Raises ValueError if they cannot be."
         names = ("max_merges", "max_injections", "inject_alpha", "schedule", "score", "sfs_k", "rules")
         return Settings(**{name: getattr(self, name) for name in names})

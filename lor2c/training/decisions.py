@@ -96,10 +96,10 @@ def choose(
     pair = choose_merge(layout, scores, settings.longest)
     if pair is None:
         return None
+    first, second = pair
+    more = "first" if scores[first] >= scores[second] else "second"
     keep = "first" if reference else settings.keep
-    if keep == "more_information":
-        keep = "first" if scores[pair[0]] >= scores[pair[1]] else "second"
-    return dict(first=pair[0], second=pair[1], keep=keep)
+    return dict(first=first, second=second, keep=more if keep == "more_information" else keep)
 
 # %% ../../nbs/api/training/05_decisions.ipynb #3372fc0e
 def untrained_by_reference(tuner: LoR2CModel, name: str) -> list[nn.Parameter]:
@@ -126,14 +126,14 @@ def too_many(merges: int, injections: int, layers: int) -> list[str]:
 # %% ../../nbs/api/training/05_decisions.ipynb #c99b1477
 def refuse_missed(due: list[Due], history: list[dict[str, Any]], step: int, why: str) -> None:
     "Raise RuntimeError if a decision was due up to `step` and the history lacks it."
-    missed = Counter((one.step, one.move) for one in due if one.step <= step) - Counter(_taken(history))
-    for at, move in missed:
+    planned: list[tuple[int, str]] = [(decision.step, decision.move) for decision in due if decision.step <= step]
+    for at, move in Counter(planned) - Counter(_taken(history)):
         raise RuntimeError(f"the {move} due at step {at} was never taken: {why}")
 
 
 def refuse_others(due: list[Due], history: list[dict[str, Any]]) -> None:
     "Raise RuntimeError if the history has a decision that is not due in this run."
-    planned = {(one.step, one.move) for one in due}
+    planned = {(decision.step, decision.move) for decision in due}
     if others := [decision for decision in _taken(history) if decision not in planned]:
         raise RuntimeError(
             f"the checkpoint has a decision of step {others[0][0]}, {others[0][1]}, that this training has not: resume "
@@ -161,6 +161,12 @@ def saved_history(
         return None
     refuse_other_settings(callback, saved)
     return saved["attributes"]["history"]
+
+
+def note_state(callback: ExportableState, state: TrainerState) -> None:
+    "Put what a callback has to remember where the Trainer's next checkpoint takes it from."
+    stored: Any = state.stateful_callbacks
+    stored[type(callback).__name__] = callback.state()
 
 
 def refuse_other_settings(callback: ExportableState, saved: dict[str, Any]) -> None:

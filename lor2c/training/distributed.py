@@ -45,15 +45,20 @@ def rebuild(wrapper: DistributedDataParallel) -> None:
     arguments = _arguments_of(wrapper)
     hooks = {name: value for name, value in vars(wrapper).items() if "hooks" in name and isinstance(value, dict)}
     module, training, reductions = wrapper.module, wrapper.training, wrapper._comm_hooks
-    for name, p in module.named_parameters():
-        if p.requires_grad and name not in wrapper.parameters_to_ignore:
-            dist.broadcast(p.data, group_src=0, group=wrapper.process_group)
+    _send_trained(wrapper)
     del wrapper.reducer
     DistributedDataParallel.__init__(wrapper, module, **arguments)
     vars(wrapper).update(hooks)
     for reduce, state in reductions:
         wrapper.register_comm_hook(state, reduce)
     wrapper.train(training)
+
+
+def _send_trained(wrapper: DistributedDataParallel) -> None:
+    "Give every process the trained parameters of rank 0."
+    for name, p in wrapper.module.named_parameters():
+        if p.requires_grad and name not in wrapper.parameters_to_ignore:
+            dist.broadcast(p.data, group_src=0, group=wrapper.process_group)
 
 
 def _arguments_of(wrapper: DistributedDataParallel) -> dict[str, Any]:
@@ -83,19 +88,29 @@ def shard_residuals(
         check_sharding(tuner, name)
     _check_units(tuner)
     changing, tuner.sharding = is_sharded(tuner), how
+    _shard_pairs(tuner)
+    _shard_lora(tuner, changing)
+
+
+def _shard_pairs(tuner: LoR2CModel) -> None:
+    "Make units of the residuals that are none yet."
     for _, module in residuals(tuner):
         if not isinstance(module, FSDPModule):
             for pair in (module.lor2c_A, module.lor2c_B):
                 for name, p in pair.items():
                     pair[name] = nn.Parameter(whole_tensor(p), p.requires_grad)
-            fully_shard(module, **how)
+            fully_shard(module, **tuner.sharding)
+
+
+def _shard_lora(tuner: LoR2CModel, changing: bool) -> None:
+    "Make units of the injected LoRA that is none yet; `changing` in the middle of a run."
     for _, lora in injected(tuner):
         for part in [*lora.lora_A.values(), *lora.lora_B.values()]:
             if not isinstance(part, FSDPModule):
                 # each process drew its own LoRA in the middle of a run
                 for p in part.parameters() if changing else ():
                     dist.broadcast(p.data, src=0)
-                fully_shard(part, **how)
+                fully_shard(part, **tuner.sharding)
 
 # %% ../../nbs/api/training/03_distributed.ipynb #afeec3e8
 def is_sharded(tuner: LoR2CModel) -> bool:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..maths.layout import Layout, legal_injections, legal_merges
 from ..maths.schedule import Due, plan, remarks
 from ..maths.sfs import check_k
-from .decisions import Inject, Rules, Schedule, Settings, choose, epoch_length, refuse_missed
-from .decisions import refuse_others, saved_history, scores_by, too_many, untrained_by_reference
+from .decisions import Inject, Rules, Schedule, Settings, choose, epoch_length, note_state
+from .decisions import refuse_missed, refuse_others, saved_history, scores_by, too_many, untrained_by_reference
 from .distributed import agreed, check_sharding
 from .optimizer import check_optimizer
 from .scores import Score, gradient_norms, spectra
@@ -88,12 +88,7 @@ class _Loop:
 
         Raises RuntimeError if gradients still wait for their step, as at a micro-batch of an accumulated one.
         """
-        tuner = tuner_of(model)
-        if any(p.grad is not None and p.grad.any() for p in parameters_of(tuner, tuner.active_adapters[0])):
-            raise RuntimeError(
-                "after_step found gradients that wait for their step: call it after optimizer.step() and zero_grad(), and "
-                "not after a micro-batch, whose gradients are still added up"
-            )
+        _refuse_waiting_gradients(model)
         self.step += 1
         if not self._entry_at(self.step):
             return
@@ -131,6 +126,16 @@ def _check_model(model: nn.Module, settings: Settings, optimizer: Any = None) ->
             find_qv(layers[layer], getattr(tuner.model, "config", None), config.inject_targets)
 
 # %% ../../nbs/api/training/06_imlor2c.ipynb #9715c1a6
+def _refuse_waiting_gradients(model: nn.Module) -> None:
+    "Raise RuntimeError if an adapter's gradients still wait for the optimizer's step."
+    tuner = tuner_of(model)
+    if any(p.grad is not None and p.grad.any() for p in parameters_of(tuner, tuner.active_adapters[0])):
+        raise RuntimeError(
+            "after_step found gradients that wait for their step: call it after optimizer.step() and zero_grad(), and "
+            "not after a micro-batch, whose gradients are still added up"
+        )
+
+
 def _entry(
     model: nn.Module,
     optimizer: Any,
@@ -205,15 +210,14 @@ class IMCallback(_Loop, TrainerCallback, ExportableState):
         TypeError: Before training: the model, its wrapper or the optimizer allows no change.
         RuntimeError: The history and the decisions that are due don't agree.
 
-    Example:
-        >>> from peft import get_peft_model
-        >>> from transformers import BertConfig, BertModel
-        >>> from lor2c import IMCallback, LoR2CConfig
-        >>> base = BertModel(BertConfig(hidden_size=16, num_hidden_layers=6, num_attention_heads=2, vocab_size=32))
-        >>> callback = IMCallback(max_merges=2, max_injections=1)
-        >>> callback.begin(get_peft_model(base, LoR2CConfig(r=4)), steps=32, steps_per_epoch=4)
-        >>> [(due.step, due.move) for due in callback.due]
-        [(4, 'merge'), (8, 'merge'), (8, 'inject')]
+    >>> from peft import get_peft_model
+    >>> from transformers import BertConfig, BertModel
+    >>> from lor2c import IMCallback, LoR2CConfig
+    >>> base = BertModel(BertConfig(hidden_size=16, num_hidden_layers=6, num_attention_heads=2, vocab_size=32))
+    >>> callback = IMCallback(max_merges=2, max_injections=1)
+    >>> callback.begin(get_peft_model(base, LoR2CConfig(r=4)), steps=32, steps_per_epoch=4)
+    >>> [(due.step, due.move) for due in callback.due]
+    [(4, 'merge'), (8, 'merge'), (8, 'inject')]
 
     Source: LoR2C section IV-B.
     """
@@ -240,7 +244,10 @@ class IMCallback(_Loop, TrainerCallback, ExportableState):
         "What a Trainer writes into its checkpoints."
         return {"args": dataclasses.asdict(self.settings), "attributes": {"history": self.history}}
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: Any = None, optimizer: Any = None, train_dataloader: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
         saved = saved_history(self, state, "decides about a model's structure")
         if saved is not None or not state.global_step:
             self.history = saved or []
@@ -251,12 +258,16 @@ class IMCallback(_Loop, TrainerCallback, ExportableState):
         per_epoch = epoch_length(train_dataloader, args.gradient_accumulation_steps)
         self.begin(model, state.max_steps, per_epoch, optimizer, state.global_step)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         self.before_step(model)
 
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         self.after_step(model, optimizer)
-        state.stateful_callbacks[type(self).__name__] = self.state()
+        note_state(self, state)
 
-    def on_train_end(self, args, state, control, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.finish()

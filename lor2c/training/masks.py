@@ -130,9 +130,7 @@ def regularise_and_mask(model: nn.Module, optimizer: Optimizer, settings: RMSett
     "Work on the gradients right before an optimizer's step; returns what `put_back` needs after it."
     pairs = low_rank_pairs(model)
     kept: list[Kept] = []
-    # fused optimizers unscale fp16's gradients themselves
-    scale = getattr(optimizer, "grad_scale", None)
-    scale = 1.0 if scale is None else scale
+    scale = _scale_of(optimizer)
     if settings.coefficient:
         add_regulariser(pairs.values(), settings, scale)
     for p, mask in masked_parts(pairs, settings, step) if settings.mask else ():
@@ -143,6 +141,12 @@ def regularise_and_mask(model: nn.Module, optimizer: Optimizer, settings: RMSett
     if settings.max_grad_norm is not None:
         _clip_all(optimizer, settings.max_grad_norm * scale)
     return kept
+
+
+def _scale_of(optimizer: Optimizer) -> Any:
+    "What fp16's gradients are multiplied by when the step begins: fused optimizers unscale them themselves."
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else scale
 
 
 @torch.no_grad()

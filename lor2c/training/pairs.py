@@ -125,12 +125,16 @@ def _factors_in(
         yield name, *_two_factors(module.lora_embedding_A[adapter], module.lora_embedding_B[adapter])
     elif adapter in module.lora_A:
         _check_plain(module, name, adapter)
-        A, up = module.lora_A[adapter].weight, module.lora_B[adapter]
-        if not isinstance(up, FusedUp):
-            yield name, *_two_factors(A, up.weight)
-        else:
-            yield f"{name}.q", PairFactor(A, 0, up.r, 0), PairFactor(up.q, 1, up.r)
-            yield f"{name}.v", PairFactor(A, 0, up.r, up.r), PairFactor(up.v, 1, up.r)
+        yield from _lora_factors(module.lora_A[adapter].weight, module.lora_B[adapter], name)
+
+
+def _lora_factors(A: nn.Parameter, up: Any, name: str) -> Iterator[tuple[str, PairFactor, PairFactor]]:
+    "The pair of plain LoRA, or the two of a fused projection."
+    if not isinstance(up, FusedUp):
+        yield name, *_two_factors(A, up.weight)
+    else:
+        yield f"{name}.q", PairFactor(A, 0, up.r, 0), PairFactor(up.q, 1, up.r)
+        yield f"{name}.v", PairFactor(A, 0, up.r, up.r), PairFactor(up.v, 1, up.r)
 
 # %% ../../nbs/api/training/07_pairs.ipynb #98e279fa
 def _two_factors(A: nn.Parameter, B: nn.Parameter) -> tuple[PairFactor, PairFactor]:

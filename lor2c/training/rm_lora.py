@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..maths.orthogonality import measure_pair
-from .decisions import epoch_length, saved_history
+from .decisions import epoch_length, note_state, saved_history
 from .distributed import reshard
 from .masks import Kept, Mask, Reduction, RMSettings, put_back, regularise_and_mask
 from .optimizer import check_held, inner_optimizer
@@ -82,14 +82,14 @@ class _Loop:
             handle.remove()
         self._model, self._handles, self._kept = None, (), []
 
-    def _before(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(map(callable, (*args[1:], kwargs.get("closure")))):
             raise TypeError("step(closure) computes gradients after RM-LoRA's work on them: call backward, then step()")
         # an evaluation since backward would have left FSDP 2's gathered parameters in place
         reshard(self._model)
         self._kept = regularise_and_mask(self._model, optimizer, self.settings, self.step)
 
-    def _after(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         put_back(self._kept)
         self._kept, self.step, self._stepped = [], self.step + 1, True
 
@@ -131,22 +131,21 @@ class RMLoRACallback(_Loop, TrainerCallback, ExportableState):
         TypeError: A setting has the wrong type. Before training: the optimizer's step does not see whole gradients.
         RuntimeError: The optimizer took a step without these hooks.
 
-    Example:
-        >>> import torch
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from transformers import BertConfig, BertModel
-        >>> from lor2c import RMLoRACallback
-        >>> base = BertModel(BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32))
-        >>> model = get_peft_model(base, LoraConfig(r=4))
-        >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-        >>> callback = RMLoRACallback(directions=1)
-        >>> callback.begin(model, optimizer)
-        >>> model(torch.arange(8)[None]).last_hidden_state[..., 0].sum().backward()
-        >>> optimizer.step()
-        >>> callback.finish()
-        >>> B = model.base_model.model.encoder.layer[1].attention.self.value.lora_B["default"].weight
-        >>> int(B.any(0).sum())  # columns that the step has moved
-        1
+    >>> import torch
+    >>> from peft import LoraConfig, get_peft_model
+    >>> from transformers import BertConfig, BertModel
+    >>> from lor2c import RMLoRACallback
+    >>> base = BertModel(BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32))
+    >>> model = get_peft_model(base, LoraConfig(r=4))
+    >>> optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    >>> callback = RMLoRACallback(directions=1)
+    >>> callback.begin(model, optimizer)
+    >>> model(torch.arange(8)[None]).last_hidden_state[..., 0].sum().backward()
+    >>> optimizer.step()
+    >>> callback.finish()
+    >>> B = model.base_model.model.encoder.layer[1].attention.self.value.lora_B["default"].weight
+    >>> int(B.any(0).sum())  # columns that the step has moved
+    1
 
     Source: RM-LoRA section 4.
     """
@@ -170,19 +169,24 @@ class RMLoRACallback(_Loop, TrainerCallback, ExportableState):
         "What a Trainer writes into its checkpoints."
         return {"args": asdict(self.settings), "attributes": {"history": self.history}}
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        model: Any = None, optimizer: Any = None, train_dataloader: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
         saved = saved_history(self, state, "works on an optimizer")
         _refuse_clipping_twice(self.settings.max_grad_norm, args.max_grad_norm)
         self.history = saved or []
         length = epoch_length(train_dataloader, args.gradient_accumulation_steps)
         self._per_epoch = state.max_steps if length is None else length
         self.begin(model, optimizer, state.global_step)
-        state.stateful_callbacks[type(self).__name__] = self.state()
+        note_state(self, state)
 
-    def on_step_begin(self, args, state, control, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.step, self._stepped = state.global_step, False
 
-    def on_step_end(self, args, state, control, optimizer=None, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
         if not self._stepped and not getattr(optimizer, "step_was_skipped", False):
             raise RuntimeError(
                 "the optimizer took a step without RM-LoRA's hooks: it was copied or replaced in training"
@@ -190,9 +194,9 @@ class RMLoRACallback(_Loop, TrainerCallback, ExportableState):
         self.step = state.global_step
         if self.step % self._per_epoch == 0 or self.step == state.max_steps:
             self.measure(self._epoch())
-            state.stateful_callbacks[type(self).__name__] = self.state()
+            note_state(self, state)
 
-    def on_train_end(self, args, state, control, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.finish()
 
 # %% ../../nbs/api/training/09_rm_lora.ipynb #59e53ebb
@@ -202,11 +206,7 @@ def _check_hookable(model: nn.Module, optimizer: Any) -> Optimizer:  # the torch
     Raises TypeError if its step does not see whole gradients, ValueError if another callback works on it.
     """
     for wrapper in (optimizer, *model.modules()):
-        for kind in {kind.__name__ for kind in type(wrapper).__mro__} & NOT_HERE.keys() - {"DataParallel"}:
-            raise TypeError(
-                f"under {kind} the gradients are not where RM-LoRA's hooks of the optimizer's step look for them: use "
-                "DistributedDataParallel or FSDP 2 (fully_shard)"
-            )
+        _refuse_moved_gradients(wrapper)
     inner = inner_optimizer(optimizer)
     if isinstance(inner, LBFGS):
         raise TypeError("LBFGS computes gradients inside of its step, after RM-LoRA's work on them: use AdamW or SGD")
@@ -214,6 +214,15 @@ def _check_hookable(model: nn.Module, optimizer: Any) -> Optimizer:  # the torch
     if any(isinstance(getattr(hook, "__self__", None), RMLoRACallback) for hook in hooks):
         raise ValueError("another RMLoRACallback works on this optimizer: call its finish() first, or use only one")
     return inner
+
+
+def _refuse_moved_gradients(wrapper: Any) -> None:
+    "Raise TypeError if a wrapper keeps whole gradients from the optimizer's step."
+    for kind in {kind.__name__ for kind in type(wrapper).__mro__} & NOT_HERE.keys() - {"DataParallel"}:
+        raise TypeError(
+            f"under {kind} the gradients are not where RM-LoRA's hooks of the optimizer's step look for them: use "
+            "DistributedDataParallel or FSDP 2 (fully_shard)"
+        )
 
 
 def _refuse_clipping_twice(own: float | None, trainers: float | None) -> None:

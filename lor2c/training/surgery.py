@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..maths.checks import one_of
@@ -21,6 +22,7 @@ from .distributed import check_sharding, data_parallel, is_sharded, rebuild, res
 from .optimizer import check_optimizer, inner_optimizer, sync_optimizer
 from .scores import Score, scores_of
 from .wrappers import tuner_of
+from ..tuners.lor2c import LoR2CModel
 from ..tuners.residual import pairs_of
 from ..tuners.structure import by_host, parameters_of, size
 
@@ -49,53 +51,52 @@ def merge_modules(
     k: int | None = None,
     adapter_name: str | None = None,
 ) -> Change:
-    """Make two neighbouring residuals one that spans both: it reads where the first did and adds where the second did.
-
-    The kept pair is the very same parameters, so its optimizer state goes with it. Whatever is refused is refused before
-    anything has changed.
+    """Make two neighbouring residuals one that spans both, with the very parameters of the kept pair. A refusal changes nothing.
 
     Args:
-        model: A PEFT model with LoR2C; it may be inside DistributedDataParallel.
-        first: The layer, counted from 0, in which the lower residual begins.
-        second: The layer in which its neighbour begins.
+        model: A PEFT model with LoR2C, pairs A (r, d) and B (d, r); it may be inside DistributedDataParallel.
+        first, second: The layers, counted from 0, in which the lower residual and its neighbour begin.
         keep: Whose A and B go on: those of the residual with more information, of the first, or of the second.
-        optimizer: The optimizer of the run that goes on, torch's or accelerate's around it.
-        score: How information is measured: SFS, or the mean of the singular values.
-        k: The k of SFS; r // 2 if None.
+        optimizer: The optimizer of the run, torch's or accelerate's around it; the pair's state goes on as well.
+        score, k: How information is measured: by SFS, with r // 2 for k if None, or by the mean singular value.
         adapter_name: The adapter to change; the active one if None.
-
-    Returns:
-        A record of the move, with the new layout.
 
     Raises:
         ValueError: The two are no neighbours, the optimizer lacks the adapter, or a name or `k` can't be.
         TypeError: This model's structure, or this optimizer, can't change.
         FloatingPointError: Training diverged.
 
-    Example:
-        >>> from peft import get_peft_model
-        >>> from transformers import BertConfig, BertModel
-        >>> from lor2c import LoR2CConfig, merge_modules
-        >>> base = BertModel(BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, vocab_size=32))
-        >>> model = get_peft_model(base, LoR2CConfig(r=4))
-        >>> print(merge_modules(model, first=1, second=2).layout)
-        [0] [1..2] [3]
+    >>> import lor2c, peft, transformers
+    >>> tiny = transformers.BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, vocab_size=32)
+    >>> model = peft.get_peft_model(transformers.BertModel(tiny), lor2c.LoR2CConfig(r=4))
+    >>> print(lor2c.merge_modules(model, first=1, second=2).layout)
+    [0] [1..2] [3]
 
     Source: LoR2C section III-D.
     """
-    tuner = tuner_of(model)
-    name = adapter_name or tuner.active_adapters[0]
-    before = tuner.layout(name)
-    after = before.merge(first, second)
-    one_of("keep", keep, get_args(Keep))
-    kept = keep
-    if keep == "more_information":
-        information = scores_of(tuner, score, k, name)
-        kept = "first" if information[first] >= information[second] else "second"
-    source = before.span_from(first if kept == "first" else second)
-    new = (first, before.span_from(second)[1])
+    tuner, name = _adapter(model, adapter_name)
+    after = tuner.layout(name).merge(first, second)
+    kept, source = _kept(tuner, name, first, second, keep, score, k)
+    new = after.span_from(first)
     counts = _operate(model, optimizer, name, after, {new: source})
     return Change("merge", new, f"{kept} [{source[0]}..{source[1]}]", after, counts)
+
+
+def _adapter(model: nn.Module, name: str | None) -> tuple[LoR2CModel, str]:
+    "The tuner of a model, and the adapter of this name, or the active one."
+    tuner = tuner_of(model)
+    return tuner, name or tuner.active_adapters[0]
+
+
+def _kept(
+    tuner: LoR2CModel, name: str, first: int, second: int, keep: Keep, score: Score, k: int | None
+) -> tuple[str, Span]:  # "first" or "second", its span
+    "Whose pair a merge keeps. Raises ValueError for an unknown `keep` or score, FloatingPointError if training diverged."
+    one_of("keep", keep, get_args(Keep))
+    if keep == "more_information":
+        information = scores_of(tuner, score, k, name)
+        keep = "first" if information[first] >= information[second] else "second"
+    return keep, tuner.layout(name).span_from(first if keep == "first" else second)
 
 # %% ../../nbs/api/training/04_surgery.ipynb #02afc14e
 def inject_lora(
@@ -106,41 +107,32 @@ def inject_lora(
     optimizer: Any = None,
     adapter_name: str | None = None,
 ) -> Change:
-    """Replace the residual around a layer by LoRA on that layer's q and v, B zero.
+    """Replace the residual around a layer by LoRA on that layer's q and v, with B zero. A refusal changes nothing.
 
     LoRA has A (r, d_in) and B (d_out, r). With the default rank the count of parameters stays if q and v are d by d.
-    Whatever is refused is refused before anything has changed.
 
     Args:
         model: A PEFT model with LoR2C; it may be inside DistributedDataParallel.
         layer_idx: The layer, counted from 0, whose residual is replaced.
         r: The rank of the injected LoRA; half of the residuals' if None.
-        alpha: The alpha of the injected LoRA; the residuals' if None, which doubles the scaling, as in the reference code
-            for GLUE.
-        optimizer: The optimizer of the run that goes on, torch's or accelerate's around it.
+        alpha: Its alpha; the residuals' if None, which doubles the scaling, as in the reference code for GLUE.
+        optimizer: The optimizer of the run, torch's or accelerate's around it.
         adapter_name: The adapter to change; the active one if None.
-
-    Returns:
-        A record of the move, with the new layout.
 
     Raises:
         ValueError: The residual is merged, the layer has no q and v, the optimizer lacks the adapter, or a number can't be.
         TypeError: This model's structure, or this optimizer, can't change.
 
-    Example:
-        >>> from peft import get_peft_model
-        >>> from transformers import BertConfig, BertModel
-        >>> from lor2c import LoR2CConfig, inject_lora
-        >>> base = BertModel(BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, vocab_size=32))
-        >>> model = get_peft_model(base, LoR2CConfig(r=4, alpha=8))
-        >>> change = inject_lora(model, layer_idx=3)
-        >>> print(change.layout, "with", change.kept)
-        [0] [1] [2] LoRA@3 with LoRA of rank 2, alpha 8
+    >>> import lor2c, peft, transformers
+    >>> tiny = transformers.BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, vocab_size=32)
+    >>> model = peft.get_peft_model(transformers.BertModel(tiny), lor2c.LoR2CConfig(r=4, alpha=8))
+    >>> change = lor2c.inject_lora(model, layer_idx=3)
+    >>> print(change.layout, "with", change.kept)
+    [0] [1] [2] LoRA@3 with LoRA of rank 2, alpha 8
 
     Source: LoR2C section III-D, Fig. 5.
     """
-    tuner = tuner_of(model)
-    name = adapter_name or tuner.active_adapters[0]
+    tuner, name = _adapter(model, adapter_name)
     config = tuner.peft_config[name]
     r, alpha = max(1, config.r // 2) if r is None else r, config.alpha if alpha is None else alpha
     after = tuner.layout(name).inject(layer_idx, r, alpha)
@@ -170,12 +162,17 @@ def _operate(
     if inner is not None:
         heirs = {new: pairs[source] for new, source in (moved or {}).items()}
         _tell_optimizer(inner, model, name, hosts, heirs)
+    _tell_wrappers(wrappers)
+    return before, size(tuner, name)
+
+
+def _tell_wrappers(wrappers: list[DistributedDataParallel]) -> None:
+    "Let everything around a model learn of its new parameters."
     for wrapper in wrappers:
         rebuild(wrapper)
     # compiled code does not look for hooks that have come or gone
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-    return before, size(tuner, name)
 
 # %% ../../nbs/api/training/04_surgery.ipynb #372a8a41
 def _tell_optimizer(

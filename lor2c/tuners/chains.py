@@ -48,16 +48,17 @@ def chains_of(
 ) -> list[tuple[list[str], list[list[int]]]]:  # paths in the order of their layers, links
     "The chains among these modules, without those that link nothing. Raises ValueError where nothing at all is linked."
     members: dict[tuple[str, str], list[tuple[int, str]]] = {}
-    known = tuple(stacks)
+    stacks = tuple(stacks)
     for path in shapes:
-        if (place := _place_of(path, known)) is not None:
+        if place := _place_of(path, stacks):
             members.setdefault(place[0], []).append((place[1], path))
     ordered = [[path for _, path in sorted(some)] for some in members.values()]
     chains = [(paths, _links_of([shapes[path] for path in paths], pre_num)) for paths in ordered]
-    if pre_num and not any(any(links) for _, links in chains):
+    linked = [(paths, links) for paths, links in chains if any(links)]
+    if pre_num and not linked:
         targets = ", ".join(f"{path} ({size[0]} to {size[1]})" for path, size in shapes.items())
         raise ValueError(_NOTHING_TO_LINK.format(pre_num=pre_num, targets=targets))
-    return [(paths, links) for paths, links in chains if any(links)]
+    return linked
 
 # %% ../../nbs/api/tuners/10_chains.ipynb #4e93802d
 _NOTHING_TO_LINK = (

@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/api/tuners/08_checkpoint.ipynb #b1c6d811
+from collections.abc import Iterable
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..disk.tensors import injections_by_module, tensors_by_layer
@@ -26,13 +29,9 @@ def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConf
     for stack, depth in places:
         _check_match("layers at", stack, path)
         _check_match("a depth of", depth, len(layers))
-    for parts in residual.values():
-        r, d = parts["A"].shape
-        _check_match("a width of", d, stream_width(model, path))
-        _check_match("rank", r, config.r)
+    _check_shapes(residual.values(), model, path, config.r)
     spans = [parts["span"].tolist() for parts in residual.values()]
-    injections = {injection for injection, _ in lora.values()}
-    layout = Layout(len(layers), tuple((start, end) for start, end, _ in spans), tuple(injections))
+    layout = Layout(len(layers), tuple((start, end) for start, end, _ in spans), tuple({put for put, _ in lora.values()}))
     _check_keys(state_dict, _expected_keys(layout, model, config))
     return layout
 
@@ -57,6 +56,14 @@ def _check_keys(state_dict: dict[str, Tensor], expected: set[str]) -> None:
         raise ValueError(f"the checkpoint is damaged: {min(missing)} is missing")
     if extra := theirs - expected:
         raise ValueError(f"the checkpoint is damaged: {min(extra)} belongs to nothing that it describes")
+
+
+def _check_shapes(residuals: Iterable[dict[str, Any]], model: nn.Module, path: str, rank: int) -> None:
+    "Check the A of every residual, (r, d). Raises ValueError where one has another width or rank."
+    for parts in residuals:
+        r, d = parts["A"].shape
+        _check_match("a width of", d, stream_width(model, path))
+        _check_match("rank", r, rank)
 
 
 def _check_match(quantity: str, saved: object, ours: object) -> None:

@@ -133,7 +133,11 @@ class LoR2CConfig(PeftConfig):
 
     def layout(self, depth: int) -> Layout:
         "The structure that this configuration asks for on `depth` layers. Raises ValueError where it does not fit."
-        injected = [Injection(layer, r, alpha) for layer, (r, alpha) in (self.injected or {}).items()]
+        injected = [
+            # Injection refuses an r that is not whole
+            Injection(layer, r, alpha)  # type: ignore[arg-type]
+            for layer, (r, alpha) in (self.injected or {}).items()
+        ]
         taken = {lora.layer for lora in injected}
         spans = [span for span in check_spans(self.spans, depth) if self.spans is not None or span[0] not in taken]
         return Layout(depth, tuple(spans), tuple(injected))

@@ -35,7 +35,8 @@ def by_norms(
     which: int,  # of the norms that a block keeps: 0 is that of x, -1 that of what is held
 ) -> list[list[float]]:  # for each block, alpha* of each block that it reads
     "alpha*_{n-k} = f_{n-k} / f_n, from the windows of norms. Raises ValueError where one is empty. Source: ResLoRA Eq. 8, 9, 12."
-    f = [down.means()[which] for down in chain.downs]
+    downs: list[Any] = [*chain.downs]
+    f = [down.means()[which] for down in downs]
     return [[f[j] / f[n] for j in before] or [1.0] * chain.double for n, before in enumerate(chain.links)]
 
 # %% ../../nbs/api/tuners/11_fold.ipynb #ab4d4223
@@ -55,12 +56,20 @@ def by_weights(chain: Chain, layers: list[LoraLayer], name: str) -> list[list[fl
 @torch.no_grad()
 def folded_weight(layer: LoraLayer, name: str, factor: float) -> Tensor:  # (d', d)
     "W + s * factor * B A, with W dequantised; a tensor of its own. Source: ResLoRA Eq. 7."
-    A, B, base = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.get_base_layer()
+    A, B = _weights_in(layer, name)
+    base: Any = layer.get_base_layer()
     if not hasattr(base, "W_q"):  # of HQQ; elsewhere PEFT may write to the module, which is not ours to change
         base = SimpleNamespace(weight=base.weight, state=getattr(base, "state", None))
     W = dequantize_module_weight(base).to(torch.promote_types(A.dtype, torch.float32))
     W = W.T if getattr(layer, "fan_in_fan_out", False) else W
     return torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=layer.scaling[name] * factor)
+
+
+def _weights_in(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:  # (r, d), (d', r)
+    "The weights A and B of an adapter in a layer, whose parts are plain modules to PEFT's types."
+    A: Any = layer.lora_A[name]
+    B: Any = layer.lora_B[name]
+    return A.weight, B.weight
 
 # %% ../../nbs/api/tuners/11_fold.ipynb #3886441f
 def _alphas_of(chain: Chain, layers: list[LoraLayer], name: str, shortcut: str, how: str) -> list[list[float]]:
@@ -119,14 +128,15 @@ class Folded:
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True)
         save_file(self.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        self.config.save_pretrained(folder)
+        self.config.save_pretrained(str(folder))
 
     def put_on(self, base: nn.Module) -> PeftModel:
         "A PEFT model of plain LoRA on this base, in eval mode. Raises ValueError where the base has adapters or does not fit."
         if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
             raise ValueError("the base has adapters already: pass a freshly loaded one, or model.unload()")
         model = get_peft_model(base, copy.deepcopy(self.config))
-        if extra := set_peft_model_state_dict(model, self.tensors).unexpected_keys:
+        outcome: Any = set_peft_model_state_dict(model, self.tensors)
+        if extra := outcome.unexpected_keys:
             raise ValueError(f"the folded adapter does not fit this base, which has no {extra[0]}")
         return model.eval()
 
@@ -148,7 +158,8 @@ class Folded:
     @contextmanager
     def _in_place(self, model: PeftModel) -> Iterator[None]:
         "The blocks of a model computed with the folded pairs, as long as this lasts."
-        layers, name = [model.get_submodule(f"base_model.model.{path}") for path in self.alphas], self.adapter_name
+        layers: list[Any] = [model.get_submodule(f"base_model.model.{path}") for path in self.alphas]
+        name = self.adapter_name
         if any(layer.disable_adapters or layer.active_adapters != [name] for layer in layers):
             raise ValueError(f"adapter {name!r} is not the active one: call set_adapter({name!r}) first")
         kept = [(layer.lora_A[name], layer.lora_B[name]) for layer in layers]
@@ -166,7 +177,7 @@ class Folded:
 # %% ../../nbs/api/tuners/11_fold.ipynb #aa2fd4b7
 def _plain_linear(weight: Tensor) -> nn.Linear:
     "A frozen linear map with this weight, (out, in)."
-    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return linear
 
@@ -181,7 +192,8 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     "Put a model in eval mode for a while. Every module gets back the mode it had."
     modes = [(module, module.training) for module in model.modules()]
     try:
-        yield model.eval()
+        model.eval()
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -253,17 +265,20 @@ def _fold_all(
     "Every block of an adapter, folded."
     downs = {path: layer.lora_A[name] for path, layer in layers.items()}
     alphas: dict[str, list[float]] = {path: [] for path in layers}
-    pairs: dict[str, Any] = {path: (down.weight, layers[path].lora_B[name].weight) for path, down in downs.items()}
+    pairs: dict[str, Any] = {path: _weights_in(layer, name) for path, layer in layers.items()}
     with torch.no_grad():
         for chain in dict.fromkeys(down.chain for down in downs.values() if isinstance(down, Factor)):
             factors = _alphas_of(chain, [layers[path] for path in chain.paths], name, shortcut, how)
             for n, path in enumerate(chain.paths):
-                if not all(map(math.isfinite, factors[n])):
-                    raise ValueError(
-                        f"alpha* of {path} is not finite ({factors[n]}): its norms are zero, or training diverged"
-                    )
+                _check_finite(path, factors[n])
                 alphas[path], pairs[path] = factors[n], fold_block(chain, n, factors[n], shortcut, how)
     return alphas, pairs
+
+
+def _check_finite(path: str, alphas: list[float]) -> None:
+    "Check the alpha* of a block. Raises ValueError unless all of them are finite."
+    if not all(map(math.isfinite, alphas)):
+        raise ValueError(f"alpha* of {path} is not finite ({alphas}): its norms are zero, or training diverged")
 
 
 def _lora_config(config: ResLoRAConfig, layers: dict[str, LoraLayer], pairs: dict[str, Any]) -> LoraConfig:
@@ -272,17 +287,12 @@ def _lora_config(config: ResLoRAConfig, layers: dict[str, LoraLayer], pairs: dic
     (usual, _), *_ = Counter(ranks.values()).most_common()
     pattern = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != usual}
     scaling = config.alpha / config.r
+    transposed = any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values())
     return LoraConfig(
-        r=usual,
-        lora_alpha=scaling * usual,
-        lora_dropout=config.dropout,
-        rank_pattern=pattern,
-        alpha_pattern={key: scaling * rank for key, rank in pattern.items()},
-        target_modules=list(layers),
-        fan_in_fan_out=any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
-        modules_to_save=copy.copy(config.modules_to_save),
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,
-    )
+        # PEFT computes with any number
+        r=usual, lora_alpha=scaling * usual,  # type: ignore[arg-type]
+        rank_pattern=pattern, alpha_pattern={key: scaling * rank for key, rank in pattern.items()},
+        lora_dropout=config.dropout, target_modules=list(layers), fan_in_fan_out=transposed, inference_mode=True,
+        modules_to_save=copy.copy(config.modules_to_save), task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path, revision=config.revision,
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..disk.tensors import read_mark
 from ..maths.layout import Injection
 from .compat import BufferDict, LoraLayer, LoraModel, get_quantization_config
+from .stack import Layers
 
 # %% ../../nbs/api/tuners/04_injection.ipynb #33a32bc6
 _QUERIES = ("query", "q_proj", "q_lin", "query_proj", "q")
@@ -131,7 +132,7 @@ class FusedUp(nn.Module):
 # %% ../../nbs/api/tuners/04_injection.ipynb #42f53565
 def add_lora(
     model: nn.Module,  # the base model
-    layers: nn.ModuleList,
+    layers: Layers,
     injection: Injection,
     name: str,  # of the adapter
     dropout: float,
@@ -165,20 +166,26 @@ def with_lora(
     """
     # q and v side by side have twice the rank at the same scaling
     both = 1 if rows is None else 2
-    transposed = isinstance(target.get_base_layer() if isinstance(target, LoraLayer) else target, Conv1D)
+    wrapped = isinstance(target, LoraLayer)
+    transposed = isinstance(target.get_base_layer() if wrapped else target, Conv1D)
     size: dict[str, Any] = dict(r=both * injection.r, lora_alpha=both * injection.alpha)
     config = LoraConfig(**size, lora_dropout=dropout, fan_in_fan_out=transposed)
-    if isinstance(target, LoraLayer):
-        trained = {p: p.requires_grad for p in target.parameters()}
-        target.update_layer(name, config=config, **size)
-        # PEFT has switched the active adapters on
-        for p, was in trained.items():
-            p.requires_grad_(was)
-        lora = target
+    if wrapped:
+        lora = _with_one_more(target, name, config, size)
     else:
         lora = LoraModel._create_new_module(config, name, target, **size, **_quantisation(model))
     if rows is not None:
         lora.lora_B[name] = FusedUp(out_features(lora), injection.r, rows, lora.lora_A[name].weight)
+    return lora
+
+
+def _with_one_more(lora: Any, name: str, config: LoraConfig, size: dict[str, Any]) -> Any:
+    "A LoRA layer with one more adapter, its others trained or frozen as they were."
+    trained = {p: p.requires_grad for p in lora.parameters()}
+    lora.update_layer(name, config=config, **size)
+    # PEFT has switched the active adapters on
+    for p, was in trained.items():
+        p.requires_grad_(was)
     return lora
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from ..disk.tensors import with_copies, without_copies
@@ -25,8 +26,37 @@ from .stack import find_layers, first_floating, stream_width, warn_of_frozen_hea
 from .structure import add_residual, check_fit, layout_of, set_layout
 from .switches import active_adapter, switch, switches
 
+# %% ../../nbs/api/tuners/09_lor2c.ipynb #545b87d1
+class _Saved(BaseTuner):
+    "The part of the tuner that PEFT calls to cast, save and load: one shared A, and the structure that a file tells."
+
+    # narrower than PEFT's: a tuner's adapters are all of its kind
+    peft_config: dict[str, LoR2CConfig]  # type: ignore[assignment]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if self.peft_config[adapter_name].share:  # PEFT has given each residual a copy of its own
+            tie(self.model, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
+    ) -> dict[str, Tensor]:
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return without_copies(tensors) if config.share else tensors
+
+    # narrower than PEFT's, as above
+    @classmethod
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
+        cls, model: nn.Module, config: LoR2CConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        body = getattr(model, "get_base_model", lambda: model)()
+        state_dict = with_copies(state_dict) if config.share else state_dict
+        set_layout(body, config, adapter_name, layout_in(state_dict, body, config))
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
 # %% ../../nbs/api/tuners/09_lor2c.ipynb #01a32ae9
-class LoR2CModel(BaseTuner):
+class LoR2CModel(_Saved):
     """The LoR2C tuner, as `get_peft_model(model, LoR2CConfig(...))` makes it.
 
     Args:
@@ -50,8 +80,11 @@ class LoR2CModel(BaseTuner):
     """
 
     prefix = "lor2c_"
-    tuner_layer_cls = (LoR2CLayer, LoraLayer)
-    target_module_mapping: dict[str, Any] = {}
+    # PEFT only asks isinstance, which takes several classes
+    tuner_layer_cls = (LoR2CLayer, LoraLayer)  # type: ignore[assignment]
+    target_module_mapping: dict[str, list[str]] = {}
+    # fully_shard's arguments, once `lor2c.training.distributed.shard_residuals` has been called
+    sharding: dict[str, Any]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         "Put an adapter on the model, with a copy of its configuration. Raises ValueError, changing nothing, where it does not fit."
@@ -60,7 +93,10 @@ class LoR2CModel(BaseTuner):
         if _tie_shared not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_tie_shared)
 
-    def _prepare_adapter_config(self, config: LoR2CConfig, model_config: dict[str, Any]) -> LoR2CConfig:
+    # narrower than PEFT's: it hands a tuner the configurations of its own kind
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, config: LoR2CConfig, model_config: dict[str, Any]
+    ) -> LoR2CConfig:
         path, layers = find_layers(self.model, config.layers)
         layout = config.layout(len(layers))
         check_fit(self.model, layout, config)
@@ -69,12 +105,14 @@ class LoR2CModel(BaseTuner):
         warn_of_frozen_head(self.model, config)
         return config
 
-    def _check_target_module_exists(self, config: LoR2CConfig, key: str) -> bool:
+    # static in PEFT, which calls it on the tuner
+    def _check_target_module_exists(self, config: PeftConfig, key: str) -> bool:  # type: ignore[override]
         return key in self._wanted
 
     def _create_and_replace(
-        self, config: Any, name: str, target: Any, target_name: str, parent: Any, current_key: str, **_: Any
-    ) -> None:
+        self, config: Any, name: str, target: Any, target_name: str, parent: Any, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
         wanted = self._wanted[current_key]
         if isinstance(wanted, Injection):
             switched = switches(self.model)
@@ -87,9 +125,7 @@ class LoR2CModel(BaseTuner):
         "The structure of an adapter (None: the active one) as it is now. Raises ValueError where there is no such adapter."
         return layout_of(self.model, adapter_name)
 
-    def set_layout(
-        self, layout: Layout, adapter_name: str | None = None, moved: Mapping[Span, Span] | None = None
-    ) -> None:
+    def set_layout(self, layout: Layout, adapter_name: str | None = None, moved: Mapping[Span, Span] | None = None) -> None:
         """Give an adapter a new structure: equal spans keep their pairs, `moved` (new span -> old) take one over, the
         others start fresh (B = 0). An optimizer has to be told: see `lor2c.training.surgery`."""
         name = adapter_name or active_adapter(self.model)
@@ -111,13 +147,14 @@ class LoR2CModel(BaseTuner):
             raise ValueError("adapter_names is not possible with LoR2C: run one adapter at a time, set_adapter(...)")
         yield
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+    # PEFT says None and returns the model
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             self._check_merge_allowed()
         for _, residual in residuals(self.model):
             residual.start.clear()
         remove_unused(self.model)
-        return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -126,25 +163,6 @@ class LoR2CModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # at unload(): a trained head, or what injected LoRA was put around
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if self.peft_config[adapter_name].share:  # PEFT has given each residual a copy of its own
-            tie(self.model, adapter_name)
-
-    @classmethod
-    def _get_adapter_state_dict(cls, *, config: LoR2CConfig, **rest: Any) -> dict[str, Tensor]:
-        tensors = super()._get_adapter_state_dict(config=config, **rest)
-        return without_copies(tensors) if config.share else tensors
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LoR2CConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        body = model.get_base_model() if hasattr(model, "get_base_model") else model
-        state_dict = with_copies(state_dict) if config.share else state_dict
-        set_layout(body, config, adapter_name, layout_in(state_dict, body, config))
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 # %% ../../nbs/api/tuners/09_lor2c.ipynb #56e8d5ca
 def _activate_everywhere(tuner: LoR2CModel) -> None:

@@ -19,6 +19,7 @@ from ..maths.layout import Span
 from ..maths.lowrank import add_delta, delta, init_pair, scaling_factor
 from .compat import BaseTunerLayer, BufferDict
 from .config import LoR2CConfig
+from .stack import Layers
 
 # %% ../../nbs/api/tuners/03_residual.ipynb #4de71797
 def _check_stream(
@@ -211,11 +212,7 @@ def hidden_states(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
     Raises RuntimeError in a replica of nn.DataParallel, TypeError where there are none.
     """
-    if getattr(layer, "_is_replica", False):
-        raise RuntimeError(
-            "nn.DataParallel copies a model without its adapters; start one process per GPU instead "
-            "(torchrun or accelerate launch), or use one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
+    _refuse_replica(layer)
     x = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -224,8 +221,17 @@ def hidden_states(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         )
     return x
 
+
+def _refuse_replica(layer: nn.Module) -> None:
+    "Raise RuntimeError in a replica of nn.DataParallel."
+    if getattr(layer, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel copies a model without its adapters; start one process per GPU instead "
+            "(torchrun or accelerate launch), or use one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+
 # %% ../../nbs/api/tuners/03_residual.ipynb #b179a95b
-def attach(layers: nn.ModuleList, residual: LoR2CLayer) -> None:
+def attach(layers: Layers, residual: LoR2CLayer) -> None:
     "Register the hooks that the residual's adapters need, and remove those that none needs any more."
     starts = set(residual.start.values())
     needed: set[int | str] = (starts - {residual.end}) | ({"end"} if starts else set())
@@ -240,7 +246,7 @@ def attach(layers: nn.ModuleList, residual: LoR2CLayer) -> None:
         residual._hooks[key] = hook
 
 # %% ../../nbs/api/tuners/03_residual.ipynb #7857eee6
-def residuals(model: nn.Module) -> Iterator[tuple[nn.ModuleList, LoR2CLayer]]:
+def residuals(model: nn.Module) -> Iterator[tuple[Layers, LoR2CLayer]]:
     "Every LoR2CLayer of a model with the list of layers it sits in."
     for path, module in list(model.named_modules()):
         if isinstance(module, LoR2CLayer):

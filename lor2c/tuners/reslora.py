@@ -51,7 +51,8 @@ def _lists_of(model: nn.Module, config: ResLoRAConfig) -> list[str]:
 def _link(model: nn.Module, name: str, config: ResLoRAConfig) -> None:
     "Connect the blocks of adapter `name` as its configuration says. Source: ResLoRA section 3.2."
     layers = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
-    shapes = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
+    # PEFT knows both, since the targets are linear
+    shapes: dict[str, Any] = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     double = config.shortcut == "input" and config.first == "double"
     for paths, links in chains_of(shapes, config.pre_num, _lists_of(model, config)):
         chain = Chain(paths, links, double)
@@ -113,10 +114,17 @@ class ResLoRAModel(BaseTuner):
 
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
-    target_module_mapping = LORA_TARGETS
+    # as PEFT's own LoRA has it
+    target_module_mapping = LORA_TARGETS  # type: ignore[assignment]
+    # narrower than PEFT's: a tuner's adapters are all of its kind
+    peft_config: dict[str, ResLoRAConfig]  # type: ignore[assignment]
 
-    def _prepare_adapter_config(self, config: ResLoRAConfig, model_config: dict[str, Any]) -> ResLoRAConfig:
-        config = include_all_linear(super()._prepare_adapter_config(config, model_config), self.model)
+    # narrower than PEFT's: it hands a tuner the configurations of its own kind
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, config: ResLoRAConfig, model_config: dict[str, Any]
+    ) -> ResLoRAConfig:
+        # both change the configuration in place
+        include_all_linear(super()._prepare_adapter_config(config, model_config), self.model)
         if targets := _targets_of(self.model, config):  # PEFT has an error of its own for none
             chains_of(targets, config.pre_num, _lists_of(self.model, config))
         if config.pre_num and config.shortcut != "block":
@@ -125,8 +133,9 @@ class ResLoRAModel(BaseTuner):
         return config
 
     def _create_and_replace(
-        self, config: Any, name: str, target: Any, target_name: str, parent: Any, current_key: str, **_: Any
-    ) -> None:
+        self, config: Any, name: str, target: Any, target_name: str, parent: Any, current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
         switched = switches(self.model)
         lora: Any = with_lora(self.model, target, Injection(0, config.r, config.alpha), name, config.dropout, None)
         lora.merge = lora.get_delta_weight = _refuse_merge

@@ -9,21 +9,23 @@ __all__ = ['stacks', 'find_layers']
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..maths.layout import Span
 from .compat import GradientCheckpointingLayer
-from .config import LoR2CConfig, ResLoRAConfig
+
+# %% ../../nbs/api/tuners/01_stack.ipynb #ff629ae8
+Layers = nn.ModuleList | nn.Sequential  # a model's list of layers
 
 # %% ../../nbs/api/tuners/01_stack.ipynb #d730fc49
 def stacks(
     model: nn.Module,
-) -> dict[str, nn.ModuleList]:  # dotted path -> layers, outermost stacks only
+) -> dict[str, Layers]:  # dotted path -> layers, outermost stacks only
     "Every list of transformer layers in the model that is not part of another one."
-    outermost: dict[str, nn.ModuleList] = {}
+    outermost: dict[str, Layers] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(outer + ".") for outer in outermost)
         if isinstance(module, nn.ModuleList) and len(module) and not inside:
@@ -35,7 +37,7 @@ def stacks(
 def find_layers(
     model: nn.Module,
     path: str | None = None,  # dotted path of the layers; found if there is just one stack
-) -> tuple[str, nn.ModuleList]:  # the path, the layers
+) -> tuple[str, Layers]:  # the path, the layers
     """The stack of layers that residuals are put around.
 
     Raises ValueError where none or several are found, or where `path` is not a list of modules.
@@ -46,9 +48,8 @@ def find_layers(
     if len(candidates) == 1:
         return next(iter(candidates.items()))
     choose = " or ".join(f"layers={name!r}" for name in candidates or _module_lists(model))
-    raise ValueError(
-        f"found {len(candidates) or 'no'} stacks of transformer layers in {type(model).__name__}: name one, {choose}"
-    )
+    count, kind = len(candidates) or "no", type(model).__name__
+    raise ValueError(f"found {count} stacks of transformer layers in {kind}: name one, {choose}")
 
 # %% ../../nbs/api/tuners/01_stack.ipynb #a4d554e8
 def _module_lists(model: nn.Module) -> list[str]:
@@ -57,10 +58,10 @@ def _module_lists(model: nn.Module) -> list[str]:
     return lists or ["path.to.the.ModuleList"]
 
 # %% ../../nbs/api/tuners/01_stack.ipynb #3e44ff26
-def named_layers(model: nn.Module, path: str) -> nn.ModuleList:
+def named_layers(model: nn.Module, path: str) -> Layers:
     "The list of modules at `path`. Raises ValueError, with the lists there are, where it is no list or empty."
     try:
-        layers: Any = model.get_submodule(path)
+        layers: nn.Module | None = model.get_submodule(path)
     except AttributeError:
         layers = None
     if not isinstance(layers, (nn.ModuleList, nn.Sequential)) or not len(layers):
@@ -125,7 +126,15 @@ def first_floating(layer: nn.Module) -> Tensor:
     return torch.empty(0, dtype=like.dtype, device=homes[0]) if like.is_meta and homes else like
 
 # %% ../../nbs/api/tuners/01_stack.ipynb #ed51cd0c
-def warn_of_frozen_head(model: nn.Module, config: LoR2CConfig | ResLoRAConfig) -> None:
+class _HeadSettings(Protocol):
+    "The part of a configuration that says whether a new head is trained."
+
+    task_type: Any
+    modules_to_save: Any
+    inference_mode: bool
+
+
+def warn_of_frozen_head(model: nn.Module, config: _HeadSettings) -> None:
     "Warn about a task head that no task_type and no modules_to_save will train."
     head = re.search("Classification|QuestionAnswering|MultipleChoice|RegressionHead", type(model).__name__)
     if not head or config.task_type or config.modules_to_save or config.inference_mode:

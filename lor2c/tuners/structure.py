@@ -18,7 +18,7 @@ from .config import LoR2CConfig
 from .injection import add_lora, find_qv, injected, remove_lora
 from .residual import LoR2CLayer, attach, pairs_of, remove_unused, residuals
 from .share import shared_A
-from .stack import find_layers, first_floating, refuse_layerdrop, stream_width
+from .stack import Layers, find_layers, first_floating, refuse_layerdrop, stream_width
 from .switches import active_adapter, switch, switches
 
 # %% ../../nbs/api/tuners/07_structure.ipynb #28f3ce3d
@@ -34,7 +34,7 @@ def check_fit(model: nn.Module, layout: Layout, config: LoR2CConfig) -> None:
 # %% ../../nbs/api/tuners/07_structure.ipynb #607783b3
 def add_residual(
     model: nn.Module,
-    layers: nn.ModuleList,
+    layers: Layers,
     span: Span,
     width: int,
     name: str,  # of the adapter
