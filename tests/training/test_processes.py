@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from lor2c.data.demo import load_demo
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -22,6 +21,7 @@ from workers.training import model
 
 from lor2c.cli.main import main
 from lor2c.data.base import demo_model
+from lor2c.data.demo import load_demo
 from lor2c.runs.train import last_complete_checkpoint
 from lor2c.training import surgery
 from lor2c.training.distributed import rebuild
