@@ -23,7 +23,8 @@ from lor2c.cli.main import main
 from lor2c.data.base import demo_model
 from lor2c.data.demo import load_demo
 from lor2c.runs.train import last_complete_checkpoint
-from lor2c.training import distributed, surgery
+from lor2c.training import surgery
+from lor2c.training.distributed import rebuild
 from lor2c.training.imlor2c import IMCallback
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -149,8 +150,8 @@ def test_a_rebuild_sends_what_is_trained_and_not_ignored(monkeypatch):
         module[1].requires_grad_(False)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ["0.weight"])
         wrapper, sent = DistributedDataParallel(module), []
-        monkeypatch.setattr(distributed.dist, "broadcast", lambda tensor, **_: sent.append(tensor.data_ptr()))
-        distributed.rebuild(wrapper)
+        monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, **_: sent.append(tensor.data_ptr()))
+        rebuild(wrapper)
         assert sent == [p.data_ptr() for p in (module[0].bias, module[2].weight, module[2].bias)]
     finally:
         torch.distributed.destroy_process_group()
