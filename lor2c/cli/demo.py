@@ -76,7 +76,7 @@ def run_demo(args: argparse.Namespace) -> None:
             name = "structure.png" if record["method"] == "imlor2c" else f"structure-{record['method']}.png"
             print(f"structure of {record['method']}: {draw_structure(record, folder / name)}")
     if usable := [job for job in jobs if job.run.method != "full"]:
-        show_use(usable[-1].folder / "adapter")
+        _show_use(usable[-1].folder / "adapter")
 
 # %% ../../nbs/api/cli/03_demo.ipynb #d375bedd
 def table(records: Sequence[dict[str, Any]]) -> str:
@@ -94,7 +94,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 EXAMPLES = ("a moving, funny and beautifully acted film", "two hours of my life that i will never get back")
 
 
-def show_use(folder: Path) -> None:
+def _show_use(folder: Path) -> None:
     "Print how an adapter is loaded, load it in that way, and classify the examples."
     print(f"""
 To use it again:
@@ -106,11 +106,11 @@ To use it again:
     base = AutoModelForSequenceClassification.from_pretrained(lor2c.demo_model(), num_labels=2)
     model = PeftModel.from_pretrained(base, "{folder}").eval()
 """)
-    for text, (label, share) in zip(EXAMPLES, classify(folder, EXAMPLES), strict=True):
+    for text, (label, share) in zip(EXAMPLES, _classify(folder, EXAMPLES), strict=True):
         print(f"{label} ({share:.2f})  {text}")
 
 
-def classify(
+def _classify(
     folder: Path,  # adapter of a demo run
     texts: Sequence[str],
 ) -> list[tuple[str, float]]:  # label and its probability

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
-from lor2c.data.prompts import encode, make_prompt
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -22,6 +21,7 @@ from tokenizers import processors
 from torch import nn
 
 import lor2c
+from lor2c.data.prompts import encode, make_prompt
 from lor2c.inference.generate import (
     end_tokens,
     find_adapter,

@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers as T
 from datasets import Dataset
-from lor2c.data.prompts import IGNORED, alpaca_prompt, encode, make_prompt
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, decoder_folder
@@ -21,6 +20,7 @@ from tiny import byte_tokenizer, decoder_folder
 from lor2c.cli.main import main
 from lor2c.data.base import demo_model, gemma_model, load_decoder
 from lor2c.data.instructions import ALPACA, INSTRUCTIONS, _hold_out, load_instructions
+from lor2c.data.prompts import IGNORED, alpaca_prompt, encode, make_prompt
 from lor2c.disk.checkpoints import last_complete_checkpoint
 from lor2c.plots.runs import best_of, score_of
 from lor2c.runs.folder import as_started
