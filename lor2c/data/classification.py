@@ -107,7 +107,7 @@ class _RowTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
 
-# %% ../../nbs/api/data/02_classification.ipynb #557ad0b5
+# %% ../../nbs/api/data/02_classification.ipynb #a6ea447d
 def _load_model(task: Task, run: Asked) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
     return load_classifier(run.model, task.labels)
 

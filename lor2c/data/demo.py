@@ -99,7 +99,7 @@ def _snippets(
 # %% ../../nbs/api/data/04_demo.ipynb #dd87866c
 DEMO_VALIDATION_ROWS = 2_000
 
-# %% ../../nbs/api/data/04_demo.ipynb #08d2b90b
+# %% ../../nbs/api/data/04_demo.ipynb #242a9fbe
 _split_seed = 2014  # of the split, never of a run
 
 

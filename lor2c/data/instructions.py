@@ -241,7 +241,7 @@ def _scoring(task: Task, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         compute_metrics=lambda out: held_out_loss(out.predictions),
     )
 
-# %% ../../nbs/api/data/06_instructions.ipynb #f9148b71
+# %% ../../nbs/api/data/06_instructions.ipynb #911a5d24
 def _check(run: Asked) -> None:
     one_of("template", run.template, TEMPLATES)
     if run.model == "minilm":
@@ -270,7 +270,7 @@ def _check_tokens(model: Any, data: DatasetDict) -> None:
             f"the tokenizer gives token {largest}, and the model knows {known}: they do not belong together"
         )
 
-# %% ../../nbs/api/data/06_instructions.ipynb #3d43d794
+# %% ../../nbs/api/data/06_instructions.ipynb #3ff8bb75
 INSTRUCTIONS = Kind(
     "CAUSAL_LM", _load_model, _load_data, _scoring, _InstructionTrainer, lower_is_better=True, check=_check,
     check_rows=_check_rows, check_data=_check_tokens, own_settings=("held_out", "template", "quantize"),

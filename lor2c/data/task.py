@@ -22,27 +22,48 @@ class Asked(Protocol):
     "The settings of a run that a task may read."
 
     @property
-    def model(self) -> str: ...
+    def model(self) -> str:
+        "Name or folder of the base model."
+
     @property
-    def method(self) -> str: ...
+    def method(self) -> str:
+        "Name of the method."
+
     @property
-    def max_length(self) -> int: ...
+    def max_length(self) -> int:
+        "Most tokens of a row."
+
     @property
-    def max_train_samples(self) -> int | None: ...
+    def max_train_samples(self) -> int | None:
+        "How many training rows to draw, None for all."
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        "Seed of what is drawn."
+
     @property
-    def held_out(self) -> int: ...
+    def held_out(self) -> int:
+        "Rows of instructions to score on."
+
     @property
-    def template(self) -> str: ...
+    def template(self) -> str:
+        "Form of an instruction, alpaca or chat."
+
     @property
-    def quantize(self) -> Quantize | None: ...
+    def quantize(self) -> Quantize | None:
+        "How the base is packed, if at all."
+
     @property
-    def precision(self) -> Precision: ...
+    def precision(self) -> Precision:
+        "Precision of the computation."
+
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        "Device to load to."
+
     @property
-    def data_dir(self) -> str | None: ...
+    def data_dir(self) -> str | None:
+        "Folder of the data, None for the hub."
 
 # %% ../../nbs/api/data/01_task.ipynb #b9933b00
 @dataclass(frozen=True)

@@ -128,10 +128,16 @@ def carry_out_comparison(
     with contextlib.closing(outcomes(left, jobs, ready)) as ended:
         for path, result, progress in ended:
             print(f"{_take(comparison, path.relative_to(folder).as_posix(), result)}  {progress}", flush=True)
+    _check_failed(comparison)
+    return [comparison.records[place] for place in runs]
+
+
+def _check_failed(comparison: Comparison) -> None:
+    "Raises RuntimeError if a run has failed."
     if comparison.failed:
         errors = "; ".join(f"{place}: {error}" for place, error in comparison.failed.items())
-        raise RuntimeError(f"{len(comparison.failed)} of {len(runs)} runs failed, the others are done: {errors}")
-    return [comparison.records[place] for place in runs]
+        failed = f"{len(comparison.failed)} of {len(comparison.runs)} runs failed"
+        raise RuntimeError(f"{failed}, the others are done: {errors}")
 
 
 def _begin(comparison: Comparison) -> None:

@@ -39,7 +39,7 @@ class Job:
     digest: str = ""  # of the rows, if the kind of task looks at them first
     record: None = None  # there is none yet
 
-# %% ../../nbs/api/runs/07_job.ipynb #303d15d6
+# %% ../../nbs/api/runs/07_job.ipynb #1c91d1df
 @dataclass(frozen=True)
 class Finished:
     "A run that was trained earlier, and its record."

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHODS']
 
-# %% ../../nbs/api/runs/00_methods.ipynb #ab14bb09
+# %% ../../nbs/api/runs/00_methods.ipynb #20641d40
 from ..tuners.config import Shortcut
 
-# %% ../../nbs/api/runs/00_methods.ipynb #b5225e9b
+# %% ../../nbs/api/runs/00_methods.ipynb #0741838e
 CHANGING = {
     "imlor2c": ("max_merges", "max_injections"),
     "mergelor2c": ("max_merges",),
@@ -24,7 +24,7 @@ _residuals = ("lor2c", "sharelor2c", *CHANGING)
 _peft = ("lora", "dora", "pissa", "adalora", "loha", "lokr")
 METHODS = ("head", "full", *_peft, *RM_LORA, *SHORTCUTS, *_residuals)
 
-# %% ../../nbs/api/runs/00_methods.ipynb #d55fb02c
+# %% ../../nbs/api/runs/00_methods.ipynb #070aff12
 _adapters, _with_rm = METHODS[2:], (*SHORTCUTS, *_residuals)
 HAVE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rank", "alpha"), _adapters),

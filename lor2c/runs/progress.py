@@ -63,11 +63,11 @@ class Progress(TrainerCallback, ExportableState):
             _say(state, f"about {duration(left)} of training left, validation apart{advice}")
 
     def seconds_per_step(self) -> float:
-        "Mean over the training steps of this process but its first; 0 where there was no other."
+        "Mean over the training steps of this process but its first; 0 if there was no other."
         return self.in_steps / max(1, self.steps - 1)
 
     def tokens_per_second(self) -> float:
-        "In the same steps, padding apart; 0 where tokens are not counted."
+        "In the same steps, padding apart; 0 if tokens are not counted."
         return self.tokens / self.in_steps if self.in_steps else 0.0
 
     def on_log(
@@ -133,10 +133,10 @@ def describe_move(entry: dict[str, Any]) -> str:
     if move["what"] != "done":
         return f"epoch {entry['epoch']:.4g}  {move['kind']}: {move['what']}"
     a, b = move["layers"]
-    what = f"layers {a} to {b} merged, pair of the {move['kept']}" if a < b else f"layer {a}: {move['kept']} on q and v"
-    return f"epoch {entry['epoch']:.4g}  {what}; {entry['parameters']:,} adapter parameters"
+    change = f"layers {a} to {b} merged, pair of the {move['kept']}" if a < b else f"layer {a}: {move['kept']} on q and v"
+    return f"epoch {entry['epoch']:.4g}  {change}; {entry['parameters']:,} adapter parameters"
 
-# %% ../../nbs/api/runs/05_progress.ipynb #64f1b0d7
+# %% ../../nbs/api/runs/05_progress.ipynb #7025828b
 def _say(state: TrainerState, text: str) -> None:
     "Print a line above the progress bar, from the first process only."
     if state.is_world_process_zero:
@@ -145,7 +145,7 @@ def _say(state: TrainerState, text: str) -> None:
             tqdm.write(text)
             sys.stdout.flush()
 
-# %% ../../nbs/api/runs/05_progress.ipynb #a6569506
+# %% ../../nbs/api/runs/05_progress.ipynb #9ff5ba19
 def duration(seconds: float) -> str:
     "75 -> '1 min 15 s'."
     minutes, s = divmod(round(seconds), 60)
