@@ -67,8 +67,7 @@ def _label(by_epoch: Axes, by_size: Axes, task: str, metric: str) -> None:
     by_epoch.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=f"{task}: score by epoch")
     by_epoch.legend(fontsize=8)
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True))
-    # Room for the labels.
-    by_size.margins(x=0.25, y=0.1)
+    by_size.margins(x=0.25, y=0.1)  # room for the labels
     by_size.set(xscale="log", xlabel="trainable parameters", title=f"{task}: best epoch against size")
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -35,8 +35,7 @@ def by_norms(
     which: int,  # of the norms that a block keeps: 0 is that of x, -1 that of what is held
 ) -> list[list[float]]:  # for each block, alpha* of each block that it reads
     "alpha*_{n-k} = f_{n-k} / f_n, from the windows of norms. Raises ValueError where one is empty. Source: ResLoRA Eq. 8, 9, 12."
-    downs: list[Any] = [*chain.downs]
-    f = [down.means()[which] for down in downs]
+    f = [cast(Any, down).means()[which] for down in chain.downs]
     return [[f[j] / f[n] for j in before] or [1.0] * chain.double for n, before in enumerate(chain.links)]
 
 # %% ../../nbs/api/tuners/11_fold.ipynb #ab4d4223

@@ -180,10 +180,9 @@ def with_lora(
 
 
 def _with_one_more(lora: Any, name: str, config: LoraConfig, size: dict[str, Any]) -> Any:
-    "A LoRA layer with one more adapter, its others trained or frozen as they were."
+    "A LoRA layer with one more adapter. PEFT switches the active ones on, so the others are set back as they were."
     trained = {p: p.requires_grad for p in lora.parameters()}
     lora.update_layer(name, config=config, **size)
-    # PEFT has switched the active adapters on
     for p, was in trained.items():
         p.requires_grad_(was)
     return lora
