@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lor2c.disk.whole import read_jsonl
+from lor2c.disk.files import read_jsonl
 
 
 def keep(path: Path, name: str, record: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from .endings import stop
 from .flags import add_tuned
-from ..disk.whole import write_json
+from ..disk.files import write_json
 from ..inference.evaluate import BENCHMARKS, check_tasks, evaluate, markdown
 from ..inference.generate import check_how, generate, load_tuned, stream, template_of
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..disk.whole import write_json
+from ..disk.files import write_json
 from .contenders import check_used, contender_run, read_contender
 from .pool import check_alone, outcomes
 from .table import describe, markdown, rows_of, summary_of

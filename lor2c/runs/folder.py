@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk.whole import write_json
+from ..disk.files import write_json
 from .settings import Run
 
 # %% ../../nbs/api/runs/04_folder.ipynb #7b6c5588

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, set_seed
 from ..data.task import describe_left_out, validation_splits
 from ..data.tasks import find_task
 from ..disk.checkpoints import last_complete_checkpoint
-from ..disk.whole import alone_in, save_whole, write_json
+from ..disk.files import alone_in, save_whole, write_json
 from .build import count_parameters
 from .folder import as_started, claim, relocate
 from .job import Finished, Job, prepare

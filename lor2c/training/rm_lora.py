@@ -19,7 +19,7 @@ from .decisions import epoch_length, note_state, saved_history
 from .distributed import reshard
 from .masks import Kept, Mask, Reduction, RMSettings, put_back, regularise_and_mask
 from .optimizer import check_held, inner_optimizer
-from .pairs import LowRankPair, local_part, low_rank_pairs
+from .low_rank_pairs import LowRankPair, local_part, low_rank_pairs
 from .wrappers import NOT_HERE
 
 # %% ../../nbs/api/training/09_rm_lora.ipynb #437d2685

@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..disk.whole import save_whole
+from ..disk.files import save_whole
 from ..maths.checks import check_rank
 from .chains import Chain, Factor
 from .compat import BaseTuner, BaseTunerLayer, LoraLayer, dequantize_module_weight

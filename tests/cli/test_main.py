@@ -25,7 +25,7 @@ from lor2c.data.base import demo_model, load_classifier
 from lor2c.data.demo import load_demo
 from lor2c.data.glue import GLUE
 from lor2c.disk.checkpoints import _is_complete, last_complete_checkpoint
-from lor2c.disk.whole import write_json
+from lor2c.disk.files import write_json
 from lor2c.runs.build import build_model
 from lor2c.runs.job import prepare
 from lor2c.runs.recipes import make_run

@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 import lor2c
 from lor2c.maths.orthogonality import measure_pair, orthogonality, orthogonality_gradient
 from lor2c.training.imlor2c import IMCallback
+from lor2c.training.low_rank_pairs import low_rank_pairs
 from lor2c.training.masks import RMSettings, add_regulariser, draw_directions
-from lor2c.training.pairs import low_rank_pairs
 from lor2c.training.rm_lora import RMLoRACallback
 
 WORKER = Path(__file__).parents[1] / "workers" / "regularised.py"
