@@ -404,7 +404,7 @@ sys.modules |= dict.fromkeys(ABSENT)
 import MODULES
 print(lor2c.__file__, pydoc.render_doc(lor2c.LoR2CConfig, renderer=pydoc.plaintext), sep="\\f", end="\\f")
 os.environ["COLUMNS"] = "80"
-parser = lor2c.cli.flags.make_parser()
+parser = lor2c.cli.main.make_parser()
 [commands] = [a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
 print(parser.format_help(), *(c.format_help() for c in commands.values()), sep="\\n", end="\\f")
 print(*(f"{name}: {a.option_strings}" for name, c in commands.items() for a in c._actions if len(a.help.split("(")[0]) < 4))
