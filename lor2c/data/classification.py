@@ -91,9 +91,11 @@ def tokenize(
     if not least <= max_length <= tokenizer.model_max_length:
         raise ValueError(f"max_length {max_length} not in this tokenizer's {least}..{tokenizer.model_max_length}")
 
+    columns, number = task.columns, int if task.labels else float  # no task below: datasets hashes what a map refers to
+
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = tokenizer(*(rows[column] for column in task.columns), truncation=True, max_length=max_length)
-        return {**encoded, "labels": [int(y) if task.labels else float(y) for y in rows["label"]]}
+        encoded = tokenizer(*(rows[column] for column in columns), truncation=True, max_length=max_length)
+        return {**encoded, "labels": [number(label) for label in rows["label"]]}
 
     return DatasetDict(
         {split: data.map(encode, batched=True, remove_columns=data.column_names) for split, data in dataset.items()}
