@@ -1,5 +1,6 @@
 """The command line in processes of its own: killed and resumed, damaged, out of reach."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -299,23 +300,23 @@ def test_heads_poolers_and_padding(tmp_path, tokenizer):
     three = transformers.BertForSequenceClassification(
         transformers.BertConfig(**small, intermediate_size=32, num_labels=3)
     )
-    model, _ = build_model(make_run("rte", "lor2c", kept(tmp_path / "nli", three, tokenizer)), GLUE["rte"])
+    model, _ = build_model(make_run("rte", "lor2c", kept(tmp_path / "nli", three, tokenizer)))
     assert model.base_model.model.classifier.modules_to_save["default"].out_features == 2
 
     deberta = transformers.DebertaV2Model(transformers.DebertaV2Config(**small, intermediate_size=32))
-    model, _ = build_model(make_run("rte", "lora", kept(tmp_path / "deberta", deberta, tokenizer)), GLUE["rte"])
+    model, _ = build_model(make_run("rte", "lora", kept(tmp_path / "deberta", deberta, tokenizer)))
     trained = {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n}
     assert trained == {"classifier", "pooler"}
 
     config = dict(small, intermediate_size=32, max_position_embeddings=70)
     roberta = transformers.RobertaModel(transformers.RobertaConfig(**config))
-    _, found = build_model(make_run("rte", "lor2c", kept(tmp_path / "roberta", roberta, tokenizer)), GLUE["rte"])
+    _, found = build_model(make_run("rte", "lor2c", kept(tmp_path / "roberta", roberta, tokenizer)))
     assert found.model_max_length == 68  # two positions of the table belong to the padding
 
     words = Tokenizer(models.WordLevel({"</s>": 0, "<unk>": 1, "film": 2}, unk_token="<unk>"))
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
     gpt2 = transformers.GPT2Model(transformers.GPT2Config(vocab_size=3, n_embd=16, n_layer=2, n_head=2))
-    model, found = build_model(make_run("rte", "lor2c", kept(tmp_path / "gpt2", gpt2, bare)), GLUE["rte"])
+    model, found = build_model(make_run("rte", "lor2c", kept(tmp_path / "gpt2", gpt2, bare)))
     assert found.pad_token == "</s>" and model.config.pad_token_id == 0
 
 
@@ -377,7 +378,9 @@ def test_every_method_is_read_back(glue_data, tmp_path, tokenizer):
         else:
             base, *_ = load_classifier(job.run.model, GLUE[task].labels)
             again = PeftModel.from_pretrained(base, tmp_path / method / "adapter")
-        assert torch.equal(again.eval()(**batch).logits, job.model.eval()(**batch).logits)
+        # Copies, because tensors that safetensors maps into memory may be aligned otherwise, and a kernel then adds otherwise.
+        again, trained = copy.deepcopy(again).eval(), copy.deepcopy(job.model).eval()
+        assert torch.equal(again(**batch).logits, trained(**batch).logits)
 
 
 def test_demo_passes_limits_to_the_methods_that_have_them(capsys, tmp_path):
