@@ -66,9 +66,11 @@ def glue_data(tmp_path_factory) -> Path:
 
 # Not in `make test` but in `make test-more`, which CI runs as well: every test whose id begins like one of these. Together they
 # take longer than all others, and most changes do not touch what they test: the site in a browser, several processes, runs
-# that are killed, tutorials. A test or notebook that you add is in `make test`, unless you name it or its whole file here.
+# that are killed, sweeps, pages that train. A test or notebook that you add is in `make test`, unless you name it or its whole file here.
 PAGES = (
-    "api/cli/07_main",
+    *(f"api/cli/{name}" for name in ("02_train", "03_demo", "04_many", "05_inference", "07_main")),
+    *(f"api/experiments/{name}" for name in ("00_pool", "03_compare", "04_sweep")),
+    *("api/runs/09_train", "api/training/06_imlor2c", "api/training/09_rm_lora", "api/tuners/11_fold"),
     *(f"explanations/{name}" for name in ("equations", "gradient_flow", "optimizer", "papers_and_code")),
     *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
     *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "own_task", "quantised")),
@@ -84,8 +86,9 @@ MORE = (
     "tests/cli/test_main.py::test_demo_passes_limits_to_the_methods_that_have_them",
     "tests/cli/test_main.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/cli/test_main.py::test_no_network_and_no_cache",
-    "tests/experiments/test_sweep.py::test_killed_in_the_middle_and_gone_on_with",
-    "tests/experiments/test_sweep.py::test_two_at_a_time",
+    "tests/experiments/test_pool.py",
+    "tests/experiments/test_sweep.py",
+    "tests/runs/test_methods.py",
     "tests/runs/test_instructions.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/runs/test_instructions.py::test_out_of_memory_says_what_to_try",
     "tests/runs/test_instructions.py::test_training_survives_a_reader_that_goes_away",
