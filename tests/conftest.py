@@ -66,7 +66,8 @@ def glue_data(tmp_path_factory) -> Path:
 
 # Not in `make test` but in `make test-more`, which CI runs as well: every test whose id begins like one of these. Together they
 # take longer than all others, and most changes do not touch what they test: the site in a browser, several processes, runs
-# that are killed, sweeps, pages that train. A test or notebook that you add is in `make test`, unless you name it or its whole file here.
+# that are killed, sweeps, pages that train. A test or notebook that you add is in `make test`, unless you name it or its
+# whole file here.
 PAGES = (
     *(f"api/cli/{name}" for name in ("02_train", "03_demo", "04_many", "05_inference", "07_main")),
     *(f"api/experiments/{name}" for name in ("00_pool", "03_compare", "04_sweep")),
