@@ -13,6 +13,7 @@ from typing import Any
 from ..data.base import DTYPES, QUANTIZE
 from ..data.glue import GLUE
 from ..data.instructions import TEMPLATES
+from ..runs.methods import TARGETS
 from ..runs.settings import Run
 
 # %% ../../nbs/api/cli/00_flags.ipynb #00fe418d
@@ -72,6 +73,8 @@ def add_settings(parser: argparse.ArgumentParser, defaults: dict[str, str], sche
     )
     add_structure(parser, schedule)
     add_rm(parser)
+    parser.add_argument("--units", help="residuals read and write the stream as in the paper, or in units of the stream (paper)")
+    parser.add_argument("--targets", help=f"where LoRA goes: {', '.join(TARGETS)} (q and v)")
     parser.add_argument("--share", action="store_true", default=None, help="one A for all residuals, as in sharelor2c")
     add_machine(parser)
 

@@ -74,3 +74,34 @@ def with_copies(
         )
     up = [key for key in state_dict if ".lor2c_B" in key]
     return {**state_dict, **{key.replace(".lor2c_B", ".lor2c_A"): down[0] for key in up if down}}
+
+# %% ../../nbs/api/disk/02_tensors.ipynb #a2dd7c91
+def folded(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors of an adapter with its units folded into A (r, d) and B (d, r), and the units (2, d) under another name."
+    units = {key.partition("lor2c_units")[0]: value for key, value in state_dict.items() if ".lor2c_units" in key}
+    plain = {key: _scaled(key, value, units) for key, value in state_dict.items() if ".lor2c_units" not in key}
+    return plain | {f"{place}lor2c_measured": value for place, value in units.items() if (value != 1).any()}
+
+
+def split_units(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    "The tensors of a saved adapter without the units that stand beside it, and those: place -> (2, d)."
+    rest = {key: value for key, value in state_dict.items() if not key.endswith(".lor2c_measured")}
+    return rest, {key.removesuffix("lor2c_measured"): state_dict[key] for key in state_dict.keys() - rest.keys()}
+
+
+def unfolded(state_dict: dict[str, Tensor], units: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors of a folded adapter as they are trained, with their units; ones where none were measured."
+    spans = {key.removesuffix("lor2c_span"): value for key, value in state_dict.items() if key.endswith(".lor2c_span")}
+    width = {key.partition("lor2c_B")[0]: value.shape[0] for key, value in state_dict.items() if ".lor2c_B" in key}
+    units = {place: units.get(place, torch.ones(2, width[place])) for place in spans}
+    pairs = {key: _scaled(key, value, {place: 1 / u for place, u in units.items()}) for key, value in state_dict.items()}
+    return pairs | {f"{place}lor2c_units": u for place, u in units.items()}
+
+
+def _scaled(key: str, value: Tensor, units: dict[str, Tensor]) -> Tensor:
+    "A / D_in for an A with these units, D_out B for a B, everything else as it is."
+    place, _, rest = key.partition("lor2c_")
+    if place not in units or rest[:1] not in "AB":
+        return value
+    read, write = units[place].to(value)
+    return value / read if rest[0] == "A" else value * write[:, None]

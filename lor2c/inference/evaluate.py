@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.prompts import alpaca_prompt, make_prompt
 from .benchmarks import BENCHMARKS
 from .tasks import FEWSHOT_SEED, check_tasks, load_tasks
-from ..tuners.fold import in_eval_mode
+from ..tuners.switches import in_eval_mode
 
 # %% ../../nbs/api/inference/05_evaluate.ipynb #5c789911
 def _check_model(model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int | str, template: str) -> None:

@@ -24,7 +24,7 @@ from ..data.base import DTYPES, find_model, load_decoder, position_limit
 from ..data.prompts import TEMPLATES, as_tokens, make_prompt
 from .adapters import part_of, read_adapter
 from ..maths.checks import check_whole, one_of
-from ..tuners.fold import in_eval_mode
+from ..tuners.switches import in_eval_mode
 
 # %% ../../nbs/api/inference/01_generate.ipynb #2a1797f0
 def find_adapter(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..data.task import by_length, validation_splits
 from ..data.tasks import find_task
-from .methods import SHORTCUTS
+from .methods import SHORTCUTS, TARGETS
 from .settings import Run
 from ..tuners.compat import DUMMY_TARGET_MODULES
 from ..tuners.config import LoR2CConfig, ResLoRAConfig
@@ -33,9 +33,9 @@ def adapter_config(
             return None
         case "head":
             return LoraConfig(**common, target_modules=DUMMY_TARGET_MODULES)
-        case "lora" | "dora" | "pissa" | "rlora" | "gmlora" | "rmlora":
+        case "lora" | "rslora" | "dora" | "pissa" | "rlora" | "gmlora" | "rmlora":
             return LoraConfig(
-                **common, **_lora_settings(run), use_dora=run.method == "dora",
+                **common, **_lora_settings(run), **_targets(run), use_dora=run.method == "dora", use_rslora=run.method == "rslora",
                 init_lora_weights="pissa" if run.method == "pissa" else True,
             )  # fmt: skip
         case "adalora":
@@ -46,9 +46,9 @@ def adapter_config(
         case "reslora-is" | "reslora-bs" | "reslora-ms":
             shortcut, usual = SHORTCUTS[run.method]
             pre_num = usual if run.pre_num is None else run.pre_num
-            return ResLoRAConfig(**common, **_settings(run), shortcut=shortcut, pre_num=pre_num)
+            return ResLoRAConfig(**common, **_settings(run), **_targets(run), shortcut=shortcut, pre_num=pre_num)
         case _:
-            return LoR2CConfig(**common, **_settings(run), share=run.share or run.method == "sharelor2c")
+            return LoR2CConfig(**common, **_settings(run), share=run.share or run.method == "sharelor2c", units=run.units)
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -59,6 +59,11 @@ def _settings(run: Run) -> dict[str, Any]:
 def _lora_settings(run: Run) -> dict[str, Any]:
     "A run's rank, alpha and dropout in LoRA's words; it goes on q and v, PEFT's default."
     return dict(r=run.rank, lora_alpha=run.alpha, lora_dropout=run.dropout)
+
+
+def _targets(run: Run) -> dict[str, Any]:
+    "Where LoRA goes, if a run says so."
+    return {"target_modules": TARGETS[run.targets]} if run.targets else {}
 
 
 def _adalora_settings(run: Run) -> dict[str, Any]:

@@ -6,6 +6,8 @@
 __all__ = ['METHODS']
 
 # %% ../../nbs/api/runs/00_methods.ipynb #20641d40
+from typing import Literal, get_args
+
 from ..tuners.config import Shortcut
 
 # %% ../../nbs/api/runs/00_methods.ipynb #0741838e
@@ -21,8 +23,15 @@ SHORTCUTS: dict[str, tuple[Shortcut, int]] = {
 
 # %% ../../nbs/api/runs/00_methods.ipynb #9625dcb5
 _residuals = ("lor2c", "sharelor2c", *CHANGING)
-_peft = ("lora", "dora", "pissa", "adalora", "loha", "lokr")
+_peft = ("lora", "rslora", "dora", "pissa", "adalora", "loha", "lokr")
 METHODS = ("head", "full", *_peft, *RM_LORA, *SHORTCUTS, *_residuals)
+
+# %% ../../nbs/api/runs/00_methods.ipynb #d641a85c
+Targets = Literal["writing", "all-linear"]
+TARGETS: dict[Targets, str] = {
+    "writing": r".*\.(o_proj|down_proj|out_proj|fc2|c_proj|o_lin|lin2|wo|output\.dense)",
+    "all-linear": "all-linear",
+}
 
 # %% ../../nbs/api/runs/00_methods.ipynb #070aff12
 _adapters, _with_rm = METHODS[2:], (*SHORTCUTS, *_residuals)
@@ -33,7 +42,8 @@ HAVE: dict[str, tuple[str, ...]] = {
     "rm_coefficient": ("rlora", "rmlora", *_with_rm),
     **dict.fromkeys(("rm_directions", "rm_mask"), ("gmlora", "rmlora", *_with_rm)),
     "pre_num": tuple(SHORTCUTS),
-    "share": _residuals,
+    "targets": ("lora", "rslora", "dora", "pissa", *RM_LORA, *SHORTCUTS),
+    **dict.fromkeys(("share", "units"), _residuals),
     "max_merges": ("imlor2c", "mergelor2c"),
     **dict.fromkeys(("max_injections", "inject_alpha"), ("imlor2c", "injectlor2c")),
     **dict.fromkeys(("schedule", "score", "sfs_k", "rules"), tuple(CHANGING)),

@@ -8,16 +8,17 @@ __all__ = ['Run']
 # %% ../../nbs/api/runs/01_settings.ipynb #39c0501d
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..data.base import DTYPES, Precision, Quantize
 from ..data.prompts import Template
 from ..data.tasks import find_task, own_settings
 from ..maths.checks import check_whole, one_of
-from .methods import HAVE, METHODS, RM_LORA
+from .methods import HAVE, METHODS, RM_LORA, TARGETS, Targets
 from ..training.decisions import Rules, Schedule, Settings
 from ..training.masks import RMSettings
 from ..training.scores import Score
+from ..tuners.config import Units
 
 # %% ../../nbs/api/runs/01_settings.ipynb #49abb9e2
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Run:
     alpha: float = 16
     dropout: float = 0.1  # of the adapter's input
     share: bool = False  # one A for all residuals; always so with sharelor2c
+    units: Units = "paper"  # "stream": read and write in units measured on the first batch
+    targets: Targets | None = None  # where LoRA and ResLoRA go; q and v if None
     max_merges: int = 0  # M_max; the methods that change their structure have limits of their own
     max_injections: int = 0  # I_max
     inject_alpha: float | None = None  # of injected LoRA; the residuals' if None
@@ -67,6 +70,8 @@ class Run:
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
         one_of("precision", self.precision, tuple(DTYPES))
+        one_of("units", self.units, get_args(Units))
+        one_of("targets", self.targets, (None, *TARGETS))
         for name in ("epochs", "batch_size", "max_length", "rank", "lr", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)!r}")

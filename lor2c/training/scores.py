@@ -38,10 +38,10 @@ def spectra(
     starts = sorted(modules)
     first = modules[starts[0]]
     home = first.lor2c_B[name].device
-    A = [whole_tensor(modules[start].lor2c_A[name]).to(home) for start in starts]
-    B = [whole_tensor(modules[start].lor2c_B[name]).to(home) for start in starts]
+    pairs = [(modules[start], whole_tensor(modules[start].lor2c_A[name]).to(home)) for start in starts]
+    plain = [module.plain(name, A, whole_tensor(module.lor2c_B[name]).to(home)) for module, A in pairs]
     try:
-        values = singular_values(A, B, first.scaling[name])
+        values = singular_values([A for A, _ in plain], [B for _, B in plain], first.scaling[name])
     except torch.linalg.LinAlgError as error:
         raise FloatingPointError(DIVERGED) from error
     return dict(zip(starts, values, strict=True))

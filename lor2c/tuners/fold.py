@@ -28,6 +28,7 @@ from ..maths.checks import check_rank
 from .chains import Chain, Factor
 from .compat import BaseTuner, BaseTunerLayer, LoraLayer, dequantize_module_weight
 from .config import ResLoRAConfig
+from .switches import in_eval_mode
 
 # %% ../../nbs/api/tuners/11_fold.ipynb #43cc7b49
 def by_norms(
@@ -184,18 +185,6 @@ def _plain_linear(weight: Tensor) -> nn.Linear:
 def _logits_of(output: Any) -> Tensor:
     "The logits of a model's output, or the first thing it returns where it has no head."
     return output.logits if hasattr(output, "logits") else output[0]
-
-# %% ../../nbs/api/tuners/11_fold.ipynb #60630d7f
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    "Put a model in eval mode for a while. Every module gets back the mode it had."
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 # %% ../../nbs/api/tuners/11_fold.ipynb #5e67a34f
 def fold(

@@ -14,16 +14,17 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ..disk.tensors import with_copies, without_copies
+from ..disk.tensors import folded, split_units, unfolded, with_copies, without_copies
 from ..maths.layout import Injection, Layout, Span
 from .checkpoint import layout_in
 from .compat import BaseTuner, LoraLayer, register
 from .config import LoR2CConfig
 from .injection import add_lora, remove_lora
-from .residual import CANNOT_FOLD, LoR2CLayer, remove_unused, residuals
+from .residual import CANNOT_FOLD, LoR2CLayer, remove_unused, residuals, units_of
 from .share import tie
 from .stack import find_layers, first_floating, stream_width, warn_of_frozen_head
 from .structure import add_residual, check_fit, layout_of, set_layout
+from .units import measure_next
 from .switches import active_adapter, switch, switches
 
 # %% ../../nbs/api/tuners/09_lor2c.ipynb #545b87d1
@@ -43,6 +44,7 @@ class _Saved(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        tensors = folded(tensors) if config.units == "stream" else tensors
         return without_copies(tensors) if config.share else tensors
 
     # narrower than PEFT's, as above
@@ -52,7 +54,11 @@ class _Saved(BaseTuner):
     ) -> dict[str, Tensor]:
         body = getattr(model, "get_base_model", lambda: model)()
         state_dict = with_copies(state_dict) if config.share else state_dict
+        state_dict, measured = split_units(state_dict)
         set_layout(body, config, adapter_name, layout_in(state_dict, body, config))
+        if units_of(body, adapter_name):
+            state_dict = unfolded(state_dict, measured)
+            measure_next(body)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 # %% ../../nbs/api/tuners/09_lor2c.ipynb #01a32ae9
@@ -90,6 +96,8 @@ class LoR2CModel(_Saved):
         "Put an adapter on the model, with a copy of its configuration. Raises ValueError, changing nothing, where it does not fit."
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self.peft_config[adapter_name].units == "stream":
+            measure_next(model)
         if _tie_shared not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_tie_shared)
 

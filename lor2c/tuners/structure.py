@@ -16,9 +16,10 @@ from ..disk.tensors import read_mark
 from ..maths.layout import Injection, Layout, Span
 from .config import LoR2CConfig
 from .injection import add_lora, find_qv, injected, remove_lora
-from .residual import LoR2CLayer, attach, pairs_of, remove_unused, residuals
+from .residual import LoR2CLayer, attach, pairs_of, remove_unused, residuals, units_of
 from .share import shared_A
 from .stack import Layers, find_layers, first_floating, refuse_layerdrop, stream_width
+from .units import measure_next
 from .switches import active_adapter, switch, switches
 
 # %% ../../nbs/api/tuners/07_structure.ipynb #28f3ce3d
@@ -84,7 +85,7 @@ def set_layout(
     if wanted == now:
         return
     check_fit(model, wanted, config)
-    old = _Old(*_trained_as(model, name), switches(model), pairs_of(model, name))
+    old = _Old(*_trained_as(model, name), switches(model), pairs_of(model, name), units_of(model, name))
     new = [injection for injection in wanted.injected if injection not in now.injected]
     taken = {injection.layer for injection in now.injected}
     # first, because PEFT may refuse
@@ -104,6 +105,7 @@ class _Old(NamedTuple):
     trained: bool
     switched: tuple[Any, bool] | None  # as from `switches`
     pairs: Mapping[Span, tuple[nn.Parameter, nn.Parameter]]
+    units: Mapping[Span, Tensor]  # of the residuals that have them
 
 
 def _inject(model: nn.Module, config: LoR2CConfig, name: str, injections: Iterable[Injection], old: _Old) -> None:
@@ -125,6 +127,7 @@ def _put_around(
     like = torch.empty(0, dtype=old.dtype, device=first_floating(layers[span[1]]).device)
     pair = _pair_for(source, old.pairs, config.share, like.device)
     residual = add_residual(model, layers, span, stream_width(model, path), name, config, like, pair)
+    _take_units(model, residual, name, span, old.units)
     switch([residual], old.switched)
     if source is None:
         residual.set_requires_grad(name, old.trained)
@@ -142,7 +145,8 @@ def _take_out(model: nn.Module, name: str, now: Layout, wanted: Layout) -> None:
     for _, module in residuals(model):
         if name in module.start and (module.start[name], module.end) not in wanted.spans:
             for attribute in LoR2CLayer.adapter_layer_names + LoR2CLayer.other_param_names:
-                del getattr(module, attribute)[name]
+                if name in getattr(module, attribute):
+                    del getattr(module, attribute)[name]
     remove_unused(model)
     for injection in set(now.injected) - set(wanted.injected):
         remove_lora(model, name, injection.layer)
@@ -161,6 +165,16 @@ def _pair_for(
     B = torch.zeros_like(B) if source is None else B
     # the very parameters, where they can stay: an optimizer knows them by identity, and a shared A is in many layers
     return A if share else _moved(A, home), _moved(B, home)
+
+
+def _take_units(model: nn.Module, residual: LoR2CLayer, name: str, span: Span, old: Mapping[Span, Tensor]) -> None:
+    "Give a new residual the units of the old ones at its two ends; without both, they are measured in the next forward."
+    read = next((units[0] for (start, _), units in old.items() if start == span[0]), None)
+    write = next((units[1] for (_, end), units in old.items() if end == span[1]), None)
+    if name in residual.lor2c_units and read is not None and write is not None:
+        residual.lor2c_units[name] = torch.stack([read, write.to(read)]).to(residual.lor2c_units[name])
+    elif name in residual.lor2c_units:
+        measure_next(model)
 
 
 def _moved(p: Tensor, home: torch.device) -> Tensor:

@@ -6,7 +6,8 @@
 __all__ = ['active_adapter']
 
 # %% ../../nbs/api/tuners/06_switches.ipynb #a23af12f
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,18 @@ def active_adapter(model: nn.Module) -> str:
         raise ValueError("the model has no LoR2C adapter: make one with get_peft_model")
     active, _ = switched
     return active if isinstance(active, str) else active[0]
+
+# %% ../../nbs/api/tuners/06_switches.ipynb #60630d7f
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    "Put a model in eval mode for a while. Every module gets back the mode it had."
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 # %% ../../nbs/api/tuners/06_switches.ipynb #094f5fd9
 def switches(model: nn.Module) -> tuple[Any, bool] | None:

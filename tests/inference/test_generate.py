@@ -31,8 +31,8 @@ from lor2c.inference.generate import (
     stream,
     template_of,
 )
-from lor2c.tuners.fold import in_eval_mode
 from lor2c.tuners.residual import LoR2CLayer
+from lor2c.tuners.switches import in_eval_mode
 
 STACKS = ["Llama", "Qwen 3", "Gemma 3", "GPT-2", "T5 decoder", "T5 encoder"]
 NEW = 14  # tokens: more than Gemma 3's window here, together with the prompt
