@@ -1,9 +1,12 @@
-"""Every door into an adapter gives the same model: transformers' loaders, TRL's reference, PEFT's low-level API."""
+"""Every door into an adapter gives the same model: PEFT's heads, transformers' loaders, TRL's reference."""
+
+import copy
 
 import pytest
 import torch
+import transformers as T
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from tiny import adapted, batch, build, words_and_rows
+from tiny import ENCODER, adapted, batch, build, words_and_rows
 from transformers import AutoModelForCausalLM, pipeline
 
 import lor2c
@@ -120,3 +123,37 @@ def test_trls_reference_is_the_trained_adapter(kind, tmp_path):
     assert all(torch.equal(trainer.model.get_parameter(n), p) for n, p in reference.items())
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+# PEFT's heads
+
+
+@pytest.mark.parametrize("task", ["TOKEN_CLS", "QUESTION_ANS", "SEQ_CLS"])
+def test_heads(task, tmp_path):
+    """PEFT writes the head's name into the configuration that it was given, after the tuner was made."""
+    kinds = dict(TOKEN_CLS="TokenClassification", QUESTION_ANS="QuestionAnswering", SEQ_CLS="SequenceClassification")
+    base = getattr(T, f"BertFor{kinds[task]}")(T.BertConfig(**ENCODER)).eval()
+    config = lor2c.LoR2CConfig(r=2, dropout=0.0, task_type=task)
+    model = get_peft_model(copy.deepcopy(base), config)
+    assert model.peft_config["default"] is config
+    merge_modules(model, 0, 1)
+    heads = [p for name, p in model.named_parameters() if "modules_to_save" in name]
+    for p in heads:
+        torch.nn.init.normal_(p)
+    assert heads and all(p.requires_grad for p in heads)
+    model.save_pretrained(tmp_path)
+    ids = dict(input_ids=torch.randint(3, 64, (2, 12)))
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(again(**ids)[0], model.eval()(**ids)[0])
+
+
+def test_a_move_leaves_the_callers_configuration_alone():
+    config = lor2c.LoR2CConfig(r=2, modules_to_save=["lm_head"])
+    before = config.to_dict()
+    one, other = (get_peft_model(build("Llama"), config) for _ in range(2))
+    merge_modules(one, 0, 1)
+    assert one.peft_config["default"].spans == [[0, 1], [2, 2], [3, 3]]
+    assert config.to_dict() == before and other.peft_config["default"] is config
+    assert len(other.base_model.layout().spans) == 4
+    one.peft_config["default"].modules_to_save.append("other")
+    assert config.modules_to_save == ["lm_head"]
