@@ -5,12 +5,21 @@ import copy
 import pytest
 import torch
 import transformers as T
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import ENCODER, adapted, batch, build, words_and_rows
 from transformers import AutoModelForCausalLM, pipeline
 
 import lor2c
 from lor2c.training.surgery import inject_lora, merge_modules
+from lor2c.tuners.residual import pairs_of
+from lor2c.tuners.structure import layout_of
 
 KINDS = ["residuals", "shared A", "injected", "fused", "ResLoRA"]
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -113,7 +122,9 @@ def test_trls_reference_is_the_trained_adapter(kind, tmp_path):
     """A policy that equals its reference has the loss log 2."""
     trl = pytest.importorskip("trl")
     tokenizer, rows = words_and_rows()
-    pairs = rows.map(lambda row: dict(prompt="w1 w2", chosen=row["text"], rejected=row["text"][::-1]), remove_columns=["text"])
+    pairs = rows.map(
+        lambda row: dict(prompt="w1 w2", chosen=row["text"], rejected=row["text"][::-1]), remove_columns=["text"]
+    )
     args = trl.DPOConfig(
         tmp_path, max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, logging_steps=1, max_length=24
     )
@@ -157,3 +168,62 @@ def test_a_move_leaves_the_callers_configuration_alone():
     assert len(other.base_model.layout().spans) == 4
     one.peft_config["default"].modules_to_save.append("other")
     assert config.modules_to_save == ["lm_head"]
+
+
+# PEFT's low-level API, and loading without a copy in memory
+
+
+@pytest.mark.parametrize("low_cpu", [False, True], ids=["plain", "low_cpu_mem_usage"])
+@pytest.mark.parametrize("kind", KINDS[:4])
+def test_injected_as_tensors_say(kind, low_cpu):
+    """The configuration knows nothing of merges and injections, the tensors do."""
+    model = trained(kind)
+    tensors = {key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()}
+    config = lor2c.LoR2CConfig(r=4, alpha=4, share=kind == "shared A")
+    base = inject_adapter_in_model(config, build(stack_of(kind)), state_dict=tensors, low_cpu_mem_usage=low_cpu)
+    result = set_peft_model_state_dict(base, tensors, low_cpu_mem_usage=low_cpu)
+    assert not result.unexpected_keys and layout_of(base) == layout_of(model)
+    assert torch.equal(logits(base, stack_of(kind)), logits(model, stack_of(kind)))
+    with pytest.raises(ValueError, match="rank 4, this model has 3"):
+        inject_adapter_in_model(lor2c.LoR2CConfig(r=3, share=config.share), build(stack_of(kind)), state_dict=tensors)
+
+
+def test_tuner_layers_tell_their_sizes():
+    layers = [m for m in trained("injected").modules() if isinstance(m, BaseTunerLayer)]
+    assert {(m.in_features, m.out_features) for m in layers} == {(16, 16), (16, 8)}
+
+
+@pytest.mark.parametrize("low_cpu", [False, True], ids=["plain", "low_cpu_mem_usage"])
+@each_kind
+def test_float32_stays_float32_on_a_bfloat16_base(kind, low_cpu, tmp_path):
+    model = trained(kind)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(stack_of(kind), torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu)
+    want, got = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
+    assert want.keys() == got.keys() and all(torch.equal(got[key], t) for key, t in want.items())
+    assert all(t.dtype in (torch.float32, torch.int64) for t in got.values())
+
+
+# Models whose layers differ in width
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_every_stage_of_a_swin(stage, tmp_path):
+    """Width 8, 16 and 32; the model's configuration says 32."""
+    shape = T.SwinConfig(image_size=32, patch_size=2, embed_dim=8, depths=[2, 2, 2], num_heads=[2, 2, 2], window_size=4)
+    torch.manual_seed(0)
+    base = T.SwinForImageClassification(shape).eval().requires_grad_(False)
+    config = lor2c.LoR2CConfig(
+        r=2, dropout=0.0, layers=f"swin.encoder.layers.{stage}.blocks", modules_to_save=["classifier"]
+    )
+    model = get_peft_model(copy.deepcopy(base), config).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(pixels).logits, base(pixels).logits)
+    merge_modules(model, 0, 1)
+    for A, B in pairs_of(model, "default").values():
+        assert A.shape == (2, 8 * 2**stage)
+        torch.nn.init.normal_(B)
+    model.save_pretrained(tmp_path)
+    want = model(pixels).logits
+    assert not torch.allclose(want, base(pixels).logits)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(pixels).logits, want)
