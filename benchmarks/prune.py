@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from lor2c.data.base import load_decoder
-from lor2c.data.prompts import TEMPLATES, make_prompt
+from lor2c.data.prompts import make_prompt
 
 
 def used(tokenizer: PreTrainedTokenizerFast, files: list[str], rows: int) -> set[int]:
@@ -25,8 +25,8 @@ def used(tokenizer: PreTrainedTokenizerFast, files: list[str], rows: int) -> set
     ids = set(tokenizer.all_special_ids)
     for row in (row for file in files for row in pq.read_table(file).slice(0, rows).to_pylist()):
         texts = [str(text or "") for text in row.values()]
-        asked = (row.get("instruction", row.get("question", "")), row.get("input") or "", row.get("output", row.get("answer", "")))
-        texts.append(make_prompt(tokenizer, *asked[:2], "alpaca", asked[2]))
+        asked, answer = row.get("instruction", row.get("question", "")), row.get("output", row.get("answer", ""))
+        texts.append(make_prompt(tokenizer, asked, row.get("input") or "", "alpaca", answer))
         ids.update(i for text in texts for i in tokenizer(text).input_ids)
     return ids
 

@@ -21,59 +21,54 @@ def read_mark(content: Tensor) -> tuple[Injection, int]:
     return Injection(layer, r, math.ldexp(over, -power)), depth
 
 # %% ../../nbs/api/disk/02_tensors.ipynb #6d294a54
-_RESIDUAL = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>A|B|span)")
+_RESIDUAL = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>[AB]|span)(?:\.weight)?")
 _INJECTED = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lor2c_injected")
 
 # %% ../../nbs/api/disk/02_tensors.ipynb #c57f142b
-def tensors_by_layer(state_dict: dict[str, Tensor]) -> dict[tuple[str, int], dict[str, Tensor]]:
-    "(path of the layers, last layer) -> {'A': (r, d), 'B': (d, r), 'span': (3,)}. Raises ValueError if any is missing."
+def tensors_by_layer(
+    state_dict: dict[str, Tensor],
+    shared: bool = False,  # whether the file has one A for all residuals
+) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """(path of the layers, last layer) -> {'A': (r, d), 'B': (d, r), 'span': (3,)}.
+
+    Raises ValueError if any is missing, or if residuals that share A have several.
+    """
     tensors: dict[tuple[str, int], dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
         if match := _RESIDUAL.fullmatch(key):
             tensors.setdefault((match["path"], int(match["end"])), {})[match["part"]] = tensor
+    if shared:
+        _spread(tensors)
     for (path, end), parts in tensors.items():
         if missing := {"A", "B", "span"} - parts.keys():
-            shared = sum("A" in other for other in tensors.values()) == 1
+            one_A = not shared and sum("A" in other for other in tensors.values()) == 1
             raise ValueError(
                 f"the checkpoint is damaged: lor2c_{missing.pop()} of layer {path}.{end} is missing"
-                + (", or it was saved with share=True" if shared else "")
+                + (", or it was saved with share=True" if one_A else "")
             )
     return tensors
+
+
+def _spread(tensors: dict[tuple[str, int], dict[str, Tensor]]) -> None:
+    "Give every residual the one A that there is. Raises ValueError if there are several that differ."
+    down = [parts["A"] for parts in tensors.values() if "A" in parts]
+    if any(not torch.equal(A, down[0]) for A in down[1:]):
+        raise ValueError(
+            f"the checkpoint has {len(down)} down-projections lor2c_A that differ, share=True means one for all: "
+            "load it into an adapter with share=False"
+        )
+    for parts in tensors.values() if down else ():
+        parts.setdefault("A", down[0])
 
 
 def injections_by_module(state_dict: dict[str, Tensor]) -> dict[str, tuple[Injection, int]]:
     "Path of a module with injected LoRA -> what it is, and the depth of its stack. Raises ValueError if A or B is missing."
     injections = {m["module"]: read_mark(state_dict[key]) for key in state_dict if (m := _INJECTED.fullmatch(key))}
     for module in injections:
-        for part in ("lora_A", "lora_B"):
+        for part in ("lor2c_lora_A", "lor2c_lora_B"):
             if not any(f"{module}.{part}." in key for key in state_dict):
                 raise ValueError(f"the checkpoint is damaged: {part} of {module} is missing")
     return injections
-
-# %% ../../nbs/api/disk/02_tensors.ipynb #da564d7b
-def without_copies(
-    state_dict: dict[str, Tensor],  # of one adapter: lor2c_A (r, d) and lor2c_B (d, r) of each residual
-) -> dict[str, Tensor]:
-    "The same tensors with A under its first residual only: what is saved."
-    keys = [key for key in state_dict if ".lor2c_A" in key]
-    return {key: tensor for key, tensor in state_dict.items() if key not in keys[1:]}
-
-
-def with_copies(
-    state_dict: dict[str, Tensor],  # as saved
-) -> dict[str, Tensor]:
-    """A under every residual that has a B, as a model's own state dict has it; unchanged where there is no A.
-
-    Raises ValueError where there are several that differ: then the adapter was trained without sharing.
-    """
-    down = [tensor for key, tensor in state_dict.items() if ".lor2c_A" in key]
-    if any(not torch.equal(A, down[0]) for A in down[1:]):
-        raise ValueError(
-            f"the checkpoint has {len(down)} down-projections lor2c_A that differ, share=True means one for all: "
-            "load it into an adapter with share=False"
-        )
-    up = [key for key in state_dict if ".lor2c_B" in key]
-    return {**state_dict, **{key.replace(".lor2c_B", ".lor2c_A"): down[0] for key in up if down}}
 
 # %% ../../nbs/api/disk/02_tensors.ipynb #a2dd7c91
 def folded(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

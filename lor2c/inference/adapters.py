@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..disk.tensors import injections_by_module, tensors_by_layer, with_copies
+from ..disk.tensors import injections_by_module, tensors_by_layer
 from ..maths.layout import Injection
 from ..maths.lowrank import numerical_rank, singular_values
 
@@ -61,10 +61,10 @@ def part_of(key: str, kind: str) -> str:
     "Which of PARTS a tensor of an adapter of this PEFT type belongs to."
     if ".lor2c_A" in key or ".lor2c_B" in key:
         return "residuals"
-    if ".lor2c_" in key or key.endswith((".lora_A.norms", ".lora_A.count")):
-        return "structure"
-    if ".lora_" in key:
+    if ".lor2c_lora_" in key or ".lora_" in key and not key.endswith((".lora_A.norms", ".lora_A.count")):
         return "lora"
+    if ".lor2c_" in key or ".lora_" in key:
+        return "structure"
     return "adapter" if f".{_prefix_of(kind)}" in key else "head and other modules"
 
 
@@ -87,7 +87,7 @@ def _settings_of(config: dict[str, Any]) -> str:
 def _draw(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
     "The structure of an adapter, a line for each layer, the last layer on top."
     shared, scaling = config.get("share", False), config["alpha"] / config["r"]
-    residuals = tensors_by_layer(with_copies(tensors) if shared else tensors)
+    residuals = tensors_by_layer(tensors, shared)
     lora = injections_by_module(tensors)
     depth = max([int(parts["span"][2]) for parts in residuals.values()] + [n for _, n in lora.values()], default=0)
     lines: dict[int, str] = {}
@@ -122,6 +122,6 @@ def _pair_line(parts: dict[str, Tensor], scaling: float, shared: bool) -> str:
 def _lora_line(injection: Injection, lora: dict[str, tuple[Injection, int]], tensors: dict[str, Tensor]) -> str:
     "An injection in a line: on which modules, rank, scaling, and how many numbers."
     paths = [path for path, (other, _) in lora.items() if other == injection]
-    count = sum(t.numel() for key, t in tensors.items() for path in paths if f"{path}.lora_" in key)
+    count = sum(t.numel() for key, t in tensors.items() for path in paths if f"{path}.lor2c_lora_" in key)
     names = " and ".join(path.rpartition(".")[2] for path in paths)
     return f"{names}, r = {injection.r}, alpha / r = {injection.alpha / injection.r:g}, {count:,} parameters"

@@ -42,3 +42,15 @@ def units(
     size = (sums / tokens).sqrt()
     least = (size.median(-1, keepdim=True).values * floor).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.exp2(size.maximum(least).log2().round()).float()
+
+# %% ../../nbs/api/maths/06_units.ipynb #d073d8cd
+def in_units(
+    A: Tensor,  # (r, d)
+    B: Tensor,  # (d, r)
+    units: Tensor | None,  # (2, d); the pair itself if None
+) -> tuple[Tensor, Tensor]:
+    "A D_in^-1 and D_out B: what a pair with units does to the stream as it is."
+    if units is None:
+        return A, B
+    read, write = units.to(A)
+    return A / read, B * write[:, None]

@@ -96,9 +96,8 @@ def _shard_pairs(tuner: LoR2CModel) -> None:
     "Make units of the residuals that are none yet."
     for _, module in residuals(tuner):
         if not isinstance(module, FSDPModule):
-            for pair in (module.lor2c_A, module.lor2c_B):
-                for name, p in pair.items():
-                    pair[name] = nn.Parameter(whole_tensor(p), p.requires_grad)
+            for matrix in (part for name in module.start for part in module.pair(name)):
+                matrix.weight = nn.Parameter(whole_tensor(matrix.weight), matrix.weight.requires_grad)
             fully_shard(module, **tuner.sharding)
 
 

@@ -119,7 +119,7 @@ def _factors_in(
     "The pairs of an adapter in one module; q and v of a fused projection have one A of twice the rank."
     if isinstance(module, LoR2CLayer):
         if adapter in module.start:
-            yield name, *_two_factors(module.lor2c_A[adapter], module.lor2c_B[adapter])
+            yield name, *_two_factors(*(matrix.weight for matrix in module.pair(adapter)))
     elif adapter in module.lora_embedding_A:
         _check_plain(module, name, adapter)
         yield name, *_two_factors(module.lora_embedding_A[adapter], module.lora_embedding_B[adapter])

@@ -17,7 +17,8 @@ from ..maths.sfs import DIVERGED
 from ..maths.sfs import score as score_of
 from .wrappers import whole_tensor
 from ..tuners.lor2c import LoR2CModel
-from ..tuners.residual import pairs_of, residuals
+from ..maths.units import in_units
+from ..tuners.residual import pairs_of, residuals, units_of
 from ..tuners.structure import layout_of
 from ..tuners.switches import active_adapter
 
@@ -32,19 +33,18 @@ def spectra(
     """
     name = adapter_name or active_adapter(model)
     layout_of(model, name)  # raises unless the adapter exists; it may have injected LoRA alone
-    modules = {m.start[name]: m for _, m in residuals(model) if name in m.start}
-    if not modules:
+    scaling = next((m.scaling[name] for _, m in residuals(model) if name in m.start), None)
+    if scaling is None:
         return {}
-    starts = sorted(modules)
-    first = modules[starts[0]]
-    home = first.lor2c_B[name].device
-    pairs = [(modules[start], whole_tensor(modules[start].lor2c_A[name]).to(home)) for start in starts]
-    plain = [module.plain(name, A, whole_tensor(module.lor2c_B[name]).to(home)) for module, A in pairs]
+    spans, pairs = zip(*sorted(pairs_of(model, name).items()), strict=True)
+    home, units = pairs[0][1].device, units_of(model, name)
+    whole = [[whole_tensor(p).to(home) for p in pair] for pair in pairs]
+    plain = [in_units(A, B, units.get(span)) for span, (A, B) in zip(spans, whole, strict=True)]
     try:
-        values = singular_values([A for A, _ in plain], [B for _, B in plain], first.scaling[name])
+        values = singular_values([A for A, _ in plain], [B for _, B in plain], scaling)
     except torch.linalg.LinAlgError as error:
         raise FloatingPointError(DIVERGED) from error
-    return dict(zip(starts, values, strict=True))
+    return dict(zip([start for start, _ in spans], values, strict=True))
 
 # %% ../../nbs/api/training/01_scores.ipynb #2826fe0b
 Score = Literal["sfs", "mean"]

@@ -21,7 +21,7 @@ from .stack import find_layers, stream_width
 def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConfig) -> Layout:
     "The structure that a checkpoint's tensors describe. Raises ValueError where it does not fit the model."
     path, layers = find_layers(model, config.layers)
-    residual, lora = tensors_by_layer(state_dict), injections_by_module(state_dict)
+    residual, lora = tensors_by_layer(state_dict, config.share), injections_by_module(state_dict)
     if not residual and not lora:
         raise ValueError(f"no LoR2C tensors among the {len(state_dict)} of this checkpoint: it is not a LoR2C adapter")
     places = [(stack, parts["span"][2].item()) for (stack, _), parts in residual.items()]
@@ -37,15 +37,16 @@ def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConf
 
 # %% ../../nbs/api/tuners/08_checkpoint.ipynb #a8317931
 def _expected_keys(layout: Layout, model: nn.Module, config: LoR2CConfig) -> set[str]:
-    "The names of all tensors of a structure, as a checkpoint has them; the A of all under each, where it is shared."
+    "The names of all tensors of a structure, as a checkpoint has them; a shared A under the first residual."
     path, layers = find_layers(model, config.layers)
-    keys = {f"{path}.{end}.lor2c.lor2c_{part}" for _, end in layout.spans for part in ("A", "B", "span")}
+    keys = {f"{path}.{end}.lor2c.lor2c_{part}" for _, end in layout.spans for part in ("B.weight", "span")}
+    keys |= {f"{path}.{end}.lor2c.lor2c_A.weight" for _, end in layout.spans[: 1 if config.share else None]}
     for injection in layout.injected:
         qv = find_qv(layers[injection.layer], getattr(model, "config", None), config.inject_targets)
         for module, rows in qv.items():
             up = ("lora_B.weight",) if rows is None else ("lora_B.q", "lora_B.v")
-            parts = ("lora_A.weight", "lor2c_injected", *up)
-            keys |= {f"{path}.{injection.layer}.{module}.{part}" for part in parts}
+            parts = ("injected", "lora_A.weight", *up)
+            keys |= {f"{path}.{injection.layer}.{module}.lor2c_{part}" for part in parts}
     return keys
 
 

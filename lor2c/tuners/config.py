@@ -6,6 +6,7 @@
 __all__ = ['Units', 'LoR2CConfig', 'ResLoRAConfig']
 
 # %% ../../nbs/api/tuners/02_config.ipynb #cee66b30
+import copy
 import functools
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -151,10 +152,12 @@ class LoR2CConfig(PeftConfig):
         spans = [span for span in check_spans(self.spans, depth) if self.spans is not None or span[0] not in taken]
         return Layout(depth, tuple(spans), tuple(injected))
 
-    def take_layout(self, layout: Layout) -> None:
-        "Describe this structure from now on."
-        self.spans = [list(span) for span in layout.spans]
-        self.injected = {lora.layer: [lora.r, lora.alpha] for lora in layout.injected} or None
+    def with_layout(self, layout: Layout) -> "LoR2CConfig":
+        "A copy that describes this structure."
+        changed = copy.deepcopy(self)
+        changed.spans = [list(span) for span in layout.spans]
+        changed.injected = {lora.layer: [lora.r, lora.alpha] for lora in layout.injected} or None
+        return changed
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         "As in PEFT; also puts `import lor2c` at the head of the model card, since PEFT cannot load without it."

@@ -7,6 +7,7 @@ __all__ = ['find_qv', 'with_lora', 'injected']
 
 # %% ../../nbs/api/tuners/04_injection.ipynb #cf922367
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def find_qv(
     nothing is found, naming the linear modules that are there. Source: LoR2C section III-D.
     """
     linear = [path.removesuffix(".base_layer") for path, module in layer.named_modules() if is_linear(module)]
-    names = {path: path.rpartition(".")[2] for path in linear if ".lora_" not in path}
+    names = {path: path.rpartition(".")[2] for path in linear if "lora_" not in path and "lor2c" not in path}
     kind = getattr(config, "model_type", None)
     if targets is not None:
         if named := [path for path, name in names.items() if name in targets or path in targets]:
@@ -200,11 +201,34 @@ def _quantisation(model: nn.Module) -> dict[str, Any]:
         arguments["get_apply_tensor_subclass"] = subclass
     return arguments
 
+# %% ../../nbs/api/tuners/04_injection.ipynb #72a113bd
+def keep_loaded_type(model: nn.Module, name: str) -> None:
+    "If adapter `name` is still without memory, let its LoRA keep the type of what is loaded into it next."
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+    if any(layer.lora_A[name].weight.is_meta for layer in layers):
+        for layer in layers:
+            # on this very layer, until it has been called once
+            vars(layer)["_move_adapter_to_device_of_base_layer"] = partial(_move_once, layer)
+
+
+def _move_once(lora: Any, name: str, device: torch.device | None = None) -> None:
+    "PEFT's move of an adapter to its base layer, without the cast."
+    del vars(lora)["_move_adapter_to_device_of_base_layer"]
+    loaded = [(p, p.data) for part in (lora.lora_A, lora.lora_B) for p in part[name].parameters()]
+    lora._move_adapter_to_device_of_base_layer(name, device)
+    for p, data in loaded:
+        p.data = data.to(p.device)
+
 # %% ../../nbs/api/tuners/04_injection.ipynb #d9d43ee3
 def _mark(lora: Any, name: str, injection: Injection, depth: int) -> None:
     "Keep an injection among the tensors of its LoRA layer: [layer, depth, r, n, k] with alpha = n / 2^k."
     if not hasattr(lora, "lor2c_injected"):
         lora.lor2c_injected = BufferDict(persistent=True)
+        for part in ("lora_A", "lora_B"):
+            # under our prefix among the modules, by which loaders know our tensors; PEFT's code finds it by its own name
+            matrices = lora._modules.pop(part)
+            setattr(lora, f"lor2c_{part}", matrices)
+            vars(lora)[part] = matrices
         lora.other_param_names = (*lora.other_param_names, "lor2c_injected")
     home = lora.lora_A[name].weight.device
     over, under = float(injection.alpha).as_integer_ratio()

@@ -6,7 +6,6 @@
 __all__ = ['LoR2CModel']
 
 # %% ../../nbs/api/tuners/09_lor2c.ipynb #b564197d
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ..disk.tensors import folded, split_units, unfolded, with_copies, without_copies
+from ..disk.tensors import folded, split_units, unfolded
 from ..maths.layout import Injection, Layout, Span
 from .checkpoint import layout_in
 from .compat import BaseTuner, LoraLayer, register
 from .config import LoR2CConfig
-from .injection import add_lora, remove_lora
+from .injection import add_lora, keep_loaded_type, remove_lora
 from .residual import CANNOT_FOLD, LoR2CLayer, remove_unused, residuals, units_of
 from .share import tie
 from .stack import find_layers, first_floating, stream_width, warn_of_frozen_head
@@ -29,23 +28,17 @@ from .switches import active_adapter, switch, switches
 
 # %% ../../nbs/api/tuners/09_lor2c.ipynb #545b87d1
 class _Saved(BaseTuner):
-    "The part of the tuner that PEFT calls to cast, save and load: one shared A, and the structure that a file tells."
+    "The part of the tuner that PEFT calls to load: the structure that a file tells."
 
     # narrower than PEFT's: a tuner's adapters are all of its kind
     peft_config: dict[str, LoR2CConfig]  # type: ignore[assignment]
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if self.peft_config[adapter_name].share:  # PEFT has given each residual a copy of its own
-            tie(self.model, adapter_name)
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: list[str]
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        tensors = folded(tensors) if config.units == "stream" else tensors
-        return without_copies(tensors) if config.share else tensors
+        return folded(tensors) if config.units == "stream" else tensors
 
     # narrower than PEFT's, as above
     @classmethod
@@ -53,9 +46,10 @@ class _Saved(BaseTuner):
         cls, model: nn.Module, config: LoR2CConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         body = getattr(model, "get_base_model", lambda: model)()
-        state_dict = with_copies(state_dict) if config.share else state_dict
         state_dict, measured = split_units(state_dict)
-        set_layout(body, config, adapter_name, layout_in(state_dict, body, config))
+        configs: Any = model.peft_config
+        configs[adapter_name] = set_layout(body, config, adapter_name, layout_in(state_dict, body, config))
+        keep_loaded_type(body, adapter_name)
         if units_of(body, adapter_name):
             state_dict = unfolded(state_dict, measured)
             measure_next(body)
@@ -92,14 +86,20 @@ class LoR2CModel(_Saved):
     # fully_shard's arguments, once `lor2c.training.distributed.shard_residuals` has been called
     sharding: dict[str, Any]
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        "Put an adapter on the model, with a copy of its configuration. Raises ValueError, changing nothing, where it does not fit."
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Put an adapter on the model, with the structure that `state_dict` describes, if one is passed.
+
+        Raises ValueError, changing nothing, where it does not fit."""
+        config = self.peft_config[adapter_name]
+        if state_dict is not None:
+            self.peft_config[adapter_name] = config.with_layout(layout_in(state_dict, model, config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if self.peft_config[adapter_name].units == "stream":
+        if config.units == "stream":
             measure_next(model)
-        if _tie_shared not in self._load_state_dict_post_hooks.values():
-            self.register_load_state_dict_post_hook(_tie_shared)
+        if config.share:
+            tie(self.model, adapter_name)
 
     # narrower than PEFT's: it hands a tuner the configurations of its own kind
     def _prepare_adapter_config(  # type: ignore[override]
@@ -135,10 +135,12 @@ class LoR2CModel(_Saved):
 
     def set_layout(self, layout: Layout, adapter_name: str | None = None, moved: Mapping[Span, Span] | None = None) -> None:
         """Give an adapter a new structure: equal spans keep their pairs, `moved` (new span -> old) take one over, the
-        others start fresh (B = 0). An optimizer has to be told: see `lor2c.training.surgery`."""
+        others start fresh (B = 0). An optimizer has to be told: see `lor2c.training.surgery`.
+
+        `peft_config` gets a new configuration for it. The object that you passed to `get_peft_model` stays as it is."""
         name = adapter_name or active_adapter(self.model)
         layout_of(self.model, name)  # raises where there is no such adapter
-        set_layout(self.model, self.peft_config[name], name, layout, moved)
+        self.peft_config[name] = set_layout(self.model, self.peft_config[name], name, layout, moved)
 
     def delete_adapter(self, adapter_name: str) -> None:
         "Take an adapter out, with its hooks and the LoRA that it injected."
@@ -179,13 +181,6 @@ def _activate_everywhere(tuner: LoR2CModel) -> None:
     for module in tuner.model.modules():
         if isinstance(module, tuner.tuner_layer_cls):
             module.set_adapter(tuner.active_adapters, inference_mode=frozen)
-
-
-def _tie_shared(tuner: LoR2CModel, _: Any) -> None:
-    "Tie what is shared again: a hook after `load_state_dict`, which with assign=True replaces every parameter."
-    for name, config in tuner.peft_config.items():
-        if config.share:
-            tie(tuner.model, name)
 
 # %% ../../nbs/api/tuners/09_lor2c.ipynb #410cccf2
 register("lor2c", LoR2CConfig, LoR2CModel)

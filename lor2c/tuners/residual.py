@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..maths.layout import Span
 from ..maths.lowrank import add_delta, delta, init_pair, scaling_factor
+from ..maths.units import in_units
 from .compat import BaseTunerLayer, BufferDict
 from .config import LoR2CConfig
 from .stack import Layers
@@ -55,6 +56,17 @@ class Held(threading.local):
     def __reduce__(self) -> tuple[type["Held"], tuple[()]]:
         return Held, ()
 
+# %% ../../nbs/api/tuners/03_residual.ipynb #e0f213bb
+class Matrix(nn.Module):
+    "A or B of a residual: a module that returns its weight, named as LoRA's are."
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
 # %% ../../nbs/api/tuners/03_residual.ipynb #d6956bc5
 class LoR2CLayer(nn.Module, BaseTunerLayer):
     """The residuals, one per adapter, that end at one transformer layer.
@@ -82,12 +94,15 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lor2c_A", "lor2c_B")
-    other_param_names = ("lor2c_span", "lor2c_units", "lor2c_dropout", "scaling", "start")
+    other_param_names = ("lor2c_span", "lor2c_units", "lor2c_dropout", "scaling", "start", "shared")
 
     def __init__(self, width: int, end: int, depth: int) -> None:
         super().__init__()
         self.width, self.end, self.depth = width, end, depth
-        self.lor2c_A, self.lor2c_B, self.lor2c_dropout = nn.ParameterDict(), nn.ParameterDict(), nn.ModuleDict()
+        self.in_features = self.out_features = width
+        self.lor2c_A, self.lor2c_B, self.lor2c_dropout = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        # A of the adapters whose A is among another layer's modules
+        self.shared: dict[str, Matrix] = {}
         self.lor2c_span, self.lor2c_units = BufferDict(persistent=True), BufferDict(persistent=True)
         self.start: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -99,7 +114,8 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         self, name: str, start: int, config: LoR2CConfig, like: Tensor, pair: tuple[Tensor, Tensor] | None = None
     ) -> None:
         "Add or replace adapter `name`: this pair, or a fresh one on the device and in the dtype of `like`."
-        self.lor2c_A[name], self.lor2c_B[name] = pair or init_pair(self.width, config.r, like.device, like.dtype)
+        A, B = pair or init_pair(self.width, config.r, like.device, like.dtype)
+        self.lor2c_A[name], self.lor2c_B[name] = Matrix(A), Matrix(B)
         self.lor2c_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         # a structure must have values, also where weights have none
         home = "cpu" if like.is_meta else like.device
@@ -109,6 +125,10 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
             self.lor2c_units[name] = torch.ones(2, self.width, device=home)
         self.start[name], self.scaling[name] = start, scaling_factor(config.alpha, config.r)
         self._home = like.device
+
+    def pair(self, name: str) -> tuple[Any, Any]:  # two times Matrix
+        "A and B of adapter `name`; a shared A from wherever it is kept."
+        return self.shared.get(name) or self.lor2c_A[name], self.lor2c_B[name]
 
     def current(self) -> list[str]:
         "Adapters whose residuals take part in a forward."
@@ -134,16 +154,10 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         return h
 
     def _read(self, name: str, source: Tensor, into: Callable[..., Tensor]) -> Tensor:
-        # a shared A may live elsewhere
-        A, B = self.plain(name, self.lor2c_A[name].to(source.device), self.lor2c_B[name])
+        A, B = (matrix() for matrix in self.pair(name))
+        # shared, A may live elsewhere
+        A, B = in_units(A.to(source.device), B, self.lor2c_units[name] if name in self.lor2c_units else None)
         return into(self.lor2c_dropout[name](source.to(A.dtype)), A, B, self.scaling[name])
-
-    def plain(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        "A pair of adapter `name` as it acts on the stream: D_out B and A D_in^-1 if it has units, else itself."
-        if name not in self.lor2c_units:
-            return A, B
-        read, write = self.lor2c_units[name].to(A)
-        return A / read, B * write[:, None]
 
     def _release(self, start: int) -> Tensor:
         held = self._held.tensors.pop(start, None)
@@ -164,9 +178,9 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, name: str, device: torch.device | None = None) -> None:
         home = device or self._home
-        for tensors in (self.lor2c_A, self.lor2c_B):
-            if name in tensors and not tensors[name].is_meta:
-                tensors[name].data = tensors[name].data.to(home)  # the same parameter: A may be shared
+        for matrices in (self.lor2c_A, self.lor2c_B):
+            if name in matrices and not matrices[name].weight.is_meta:
+                matrices[name].to(home)
         for buffers in (self.lor2c_span, self.lor2c_units):
             if name in buffers:
                 buffers[name] = buffers[name].to(home)
@@ -268,7 +282,8 @@ def residuals(model: nn.Module) -> Iterator[tuple[Layers, LoR2CLayer]]:
 
 def pairs_of(model: nn.Module, name: str) -> dict[Span, tuple[nn.Parameter, nn.Parameter]]:
     "Span -> A and B of every residual of an adapter."
-    return {(m.start[name], m.end): (m.lor2c_A[name], m.lor2c_B[name]) for _, m in residuals(model) if name in m.start}
+    found = {(m.start[name], m.end): m.pair(name) for _, m in residuals(model) if name in m.start}
+    return {span: (A.weight, B.weight) for span, (A, B) in found.items()}
 
 
 def units_of(model: nn.Module, name: str) -> dict[Span, Tensor]:

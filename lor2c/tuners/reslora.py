@@ -20,7 +20,7 @@ from .compat import LORA_TARGETS, BaseTuner, BaseTunerLayer, LoraLayer, check_ta
 from .compat import include_all_linear, register
 from .config import ResLoRAConfig
 from .fold import Folded, fold
-from .injection import is_linear, out_features, with_lora
+from .injection import is_linear, keep_loaded_type, out_features, with_lora
 from .stack import layerdrop, named_layers, stacks, warn_of_frozen_head
 from .switches import switch, switches
 
@@ -146,6 +146,11 @@ class ResLoRAModel(BaseTuner):
         "Put LoRA on the targets and _link its blocks. Raises ValueError where they cannot be linked."
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         _link(model, adapter_name, self.peft_config[adapter_name])
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        keep_loaded_type(model, adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         "Take an adapter out, with its shortcuts."

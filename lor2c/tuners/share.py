@@ -9,7 +9,7 @@ __all__ = ['tie']
 import torch
 from torch import nn
 
-from .residual import residuals
+from .residual import pairs_of, residuals
 
 # %% ../../nbs/api/tuners/05_share.ipynb #280cc8ef
 def shared_A(
@@ -17,15 +17,19 @@ def shared_A(
     name: str,  # of the adapter
 ) -> nn.Parameter | None:  # (r, d)
     "The down-projection of the first residual, which in ShareLoR2C is that of all; None where there is no residual."
-    return next((module.lor2c_A[name] for _, module in residuals(model) if name in module.lor2c_A), None)
+    return next((A for A, _ in pairs_of(model, name).values()), None)
 
 # %% ../../nbs/api/tuners/05_share.ipynb #11229130
 def tie(model: nn.Module, name: str) -> None:
-    """Make every residual of adapter `name` hold the same A, after something has given each a copy of its own.
+    """Make all residuals of adapter `name` read the A of the first, which alone has it among its modules.
 
     Source: LoR2C Eq. 3.
     """
-    A = shared_A(model, name)
-    for _, module in residuals(model):
+    holders = [module for _, module in residuals(model) if name in module.start]
+    for module in holders[1:]:
+        module.shared[name] = holders[0].pair(name)[0]
         if name in module.lor2c_A:
-            module.lor2c_A[name] = A
+            del module.lor2c_A[name]
+    for module in holders[:1]:
+        module.lor2c_A[name] = module.pair(name)[0]
+        module.shared.pop(name, None)

@@ -75,26 +75,25 @@ def stream_width(
     model: nn.Module,
     path: str,  # dotted path of the layers
 ) -> int:  # d
-    """The hidden size d of the stack at `path`, from the nearest config, else from a layer's own norm.
+    """The hidden size d of the stack at `path`, from the nearest config that its norms agree with, else from a norm.
 
     Raises ValueError where neither is there.
     """
-    outer = path
+    outer, norms = path, _norm_widths(model.get_submodule(path))
     while outer:
         outer = outer.rpartition(".")[0]
-        config = getattr(model.get_submodule(outer), "config", None)
-        if isinstance(width := getattr(config, "hidden_size", None), int):
+        width = getattr(getattr(model.get_submodule(outer), "config", None), "hidden_size", None)
+        if isinstance(width, int) and (width in norms or not norms):
             return width
-    return _norm_width(model.get_submodule(path))
+    if not norms:
+        raise ValueError("cannot tell the hidden size: give the model a `config` with `hidden_size`, as transformers' have")
+    return norms[0]
 
 # %% ../../nbs/api/tuners/01_stack.ipynb #ad697888
-def _norm_width(layers: nn.Module) -> int:
-    "The size of the first normalisation's weight inside the layers."
-    for module in layers.modules():
-        weight = getattr(module, "weight", None)
-        if "Norm" in type(module).__name__ and weight is not None:
-            return weight.shape[0]
-    raise ValueError("cannot tell the hidden size: give the model a `config` with `hidden_size`, as transformers' have")
+def _norm_widths(layers: nn.Module) -> list[int]:
+    "The sizes of the normalisations' weights inside the layers, without those that are elsewhere at the moment."
+    weights = [getattr(module, "weight", None) for module in layers.modules() if "Norm" in type(module).__name__]
+    return [weight.shape[0] for weight in weights if weight is not None and weight.numel()]
 
 # %% ../../nbs/api/tuners/01_stack.ipynb #523f757c
 def refuse_layerdrop(model: nn.Module, path: str, spans: Iterable[Span]) -> None:
@@ -117,7 +116,7 @@ def layerdrop(model: nn.Module, path: str = "") -> dict[str, float]:
 # %% ../../nbs/api/tuners/01_stack.ipynb #638b2414
 def first_floating(layer: nn.Module) -> Tensor:
     "A tensor to take device and dtype from: the first parameter that is neither quantised nor an adapter's."
-    base = [p for name, p in layer.named_parameters() if "lor2c." not in name and ".lora_" not in name]
+    base = [p for name, p in layer.named_parameters() if "lor2c_" not in name and ".lora_" not in name]
     # FP8 has one byte, and is quantised
     like = next((p for p in base if p.is_floating_point() and p.dtype.itemsize > 1), torch.empty(0))
     # accelerate hooks a layer that is offloaded

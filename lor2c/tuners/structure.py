@@ -17,7 +17,7 @@ from ..maths.layout import Injection, Layout, Span
 from .config import LoR2CConfig
 from .injection import add_lora, find_qv, injected, remove_lora
 from .residual import LoR2CLayer, attach, pairs_of, remove_unused, residuals, units_of
-from .share import shared_A
+from .share import tie
 from .stack import Layers, find_layers, first_floating, refuse_layerdrop, stream_width
 from .units import measure_next
 from .switches import active_adapter, switch, switches
@@ -43,15 +43,13 @@ def add_residual(
     like: Tensor,
     pair: tuple[Tensor, Tensor] | None = None,  # A (r, d), B (d, r) to take over; None: a fresh one
 ) -> LoR2CLayer:
-    "Put adapter `name` around layers span[0]..span[1]; with `config.share`, a fresh pair takes the A that is there."
+    "Put adapter `name` around layers span[0]..span[1], with an A of its own."
     host: Any = layers[span[1]]
-    A, switched = shared_A(model, name), switches(model)
+    switched = switches(model)
     if not hasattr(host, "lor2c"):
         host.lor2c = LoR2CLayer(width, span[1], len(layers))
         switch([host.lor2c], switched)
     host.lor2c.update_layer(name, span[0], config, like, pair)
-    if config.share and A is not None:
-        host.lor2c.lor2c_A[name] = A
     attach(layers, host.lor2c)
     residual: LoR2CLayer = host.lor2c.train(host.training)
     return residual
@@ -79,11 +77,14 @@ def set_layout(
     name: str,  # of the adapter
     wanted: Layout,
     moved: Mapping[Span, Span] | None = None,  # new span -> the old one whose pair it takes over
-) -> None:
-    "Give adapter `name` this structure on a live model. Raises ValueError before anything is changed."
+) -> LoR2CConfig:
+    """Give adapter `name` this structure on a live model. Raises ValueError before anything is changed.
+
+    Returns the configuration of the new structure. The one that is passed stays as it is, since it may be the caller's.
+    """
     now = layout_of(model, name)
     if wanted == now:
-        return
+        return config
     check_fit(model, wanted, config)
     old = _Old(*_trained_as(model, name), switches(model), pairs_of(model, name), units_of(model, name))
     new = [injection for injection in wanted.injected if injection not in now.injected]
@@ -95,7 +96,9 @@ def set_layout(
         if span not in now.spans:
             _put_around(model, config, name, span, (moved or {}).get(span), old)
     _inject(model, config, name, [injection for injection in new if injection.layer in taken], old)
-    config.take_layout(wanted)
+    if config.share:
+        tie(model, name)
+    return config.with_layout(wanted)
 
 
 class _Old(NamedTuple):

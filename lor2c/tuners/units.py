@@ -84,12 +84,12 @@ def _set_units(places: list[tuple[Layers, LoR2CLayer]], name: str, meters: list[
     "Give residuals the units that were measured around them."
     sums, tokens = _added_up(meters, places[0][1].lor2c_units[name].device)
     # one A for all
-    if len({residual.lor2c_A[name] for _, residual in places}) < len(places):
+    if len({residual.pair(name)[0] for _, residual in places}) < len(places):
         sums[:, 0] = (sums[:, 0] / tokens[:, None]).mean(0) * tokens[:, None]
     measured = [units(s, n) for s, n in zip(sums, tokens.tolist(), strict=True)]
     down: set[nn.Parameter] = set()
     for (_, residual), new in zip(places, measured, strict=True):
-        if residual.lor2c_B[name].detach().any():
+        if residual.pair(name)[1].weight.detach().any():
             _unfold(residual, name, new, down)
         residual.lor2c_units[name] = new.to(residual.lor2c_units[name])
 
@@ -97,7 +97,8 @@ def _set_units(places: list[tuple[Layers, LoR2CLayer]], name: str, meters: list[
 @torch.no_grad()
 def _unfold(residual: LoR2CLayer, name: str, new: Tensor, down: set[nn.Parameter]) -> None:
     "Change a trained pair so that it does in the new units what it did in the old ones; a shared A once."
-    (read, write), (A, B) = new / residual.lor2c_units[name], (residual.lor2c_A[name], residual.lor2c_B[name])
+    read, write = new / residual.lor2c_units[name]
+    A, B = (matrix.weight for matrix in residual.pair(name))
     B /= write.to(B)[:, None]
     if A not in down:
         A *= read.to(A)
@@ -186,7 +187,7 @@ class _FirstForward:
 
 def _waits(residual: LoR2CLayer, name: str) -> bool:
     "Whether a residual takes part in training and has no units yet."
-    active = name in residual.current() and residual.lor2c_B[name].requires_grad
+    active = name in residual.current() and residual.pair(name)[1].weight.requires_grad
     return active and bool((residual.lor2c_units[name] == 1).all())
 
 # %% ../../nbs/api/tuners/08_units.ipynb #6ed968ca
