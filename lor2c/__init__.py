@@ -13,6 +13,7 @@ These change a model while it trains:
 
 And these are useful beside them:
 
+    calibrate                    measure the units of a residual that has LoR2CConfig(units="stream")
     LoR2CLayer                   the module that holds the residuals of a layer
     last_complete_checkpoint     where to resume a Trainer that was killed
     demo_model                   the folder of a small pretrained encoder
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from lor2c.tuners.lor2c import LoR2CModel
     from lor2c.tuners.reslora import ResLoRAModel
     from lor2c.tuners.residual import LoR2CLayer
+    from lor2c.tuners.units import calibrate
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,7 @@ __all__ = [
     "RMLoRACallback",
     "ResLoRAConfig",
     "ResLoRAModel",
+    "calibrate",
     "demo_model",
     "inject_lora",
     "last_complete_checkpoint",
@@ -62,6 +65,7 @@ _HOMES = {
     "RMLoRACallback": "training.rm_lora",
     "ResLoRAConfig": "tuners.config",
     "ResLoRAModel": "tuners.reslora",
+    "calibrate": "tuners.units",
     "demo_model": "data.base",
     "inject_lora": "training.surgery",
     "last_complete_checkpoint": "disk.checkpoints",

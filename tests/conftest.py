@@ -82,6 +82,8 @@ PAGES = (
 MORE = (
     "tests/test_site.py",
     "tests/training/test_processes.py",
+    "tests/tuners/test_units.py::test_activation_checkpointing_and_compile",
+    "tests/tuners/test_units.py::test_measured_under_compile_and_in_a_trainer",
     "tests/training/test_resume.py",
     "tests/training/test_rm_lora.py::test_two_processes_are_one",
     "tests/cli/test_main.py::test_demo_passes_limits_to_the_methods_that_have_them",

@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .wrappers import tuner_of, whole_tensor
+from .wrappers import tuner_of
+from ..tuners.residual import whole_tensor
 from ..tuners.injection import injected
 from ..tuners.lor2c import LoR2CModel
 from ..tuners.residual import residuals

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from .wrappers import whole_tensor
+from ..tuners.residual import whole_tensor
 from ..tuners.compat import BaseTuner, LoraLayer
 from ..tuners.injection import FusedUp
 from ..tuners.residual import LoR2CLayer

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ..maths.checks import one_of
 from ..maths.orthogonality import rows_gradient
 from .low_rank_pairs import LowRankPair, local_part, low_rank_pairs
-from .wrappers import whole_tensor
+from ..tuners.residual import whole_tensor
 
 # %% ../../nbs/api/training/08_masks.ipynb #879c96b2
 def draw_directions(

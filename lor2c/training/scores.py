@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..maths.lowrank import singular_values
 from ..maths.sfs import DIVERGED
 from ..maths.sfs import score as score_of
-from .wrappers import whole_tensor
+from ..tuners.residual import whole_tensor
 from ..tuners.lor2c import LoR2CModel
 from ..maths.units import in_units
 from ..tuners.residual import pairs_of, residuals, units_of

@@ -9,8 +9,7 @@ __all__ = ['tuner_of']
 from typing import Any
 
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..tuners.lor2c import LoR2CModel
@@ -51,9 +50,3 @@ def refuse_wrapper(wrapper: Any) -> None:
     for kind in type(wrapper).__mro__:
         if kind.__name__ in NOT_HERE:
             raise TypeError(f"the structure cannot change under {kind.__name__}: {NOT_HERE[kind.__name__]}")
-
-# %% ../../nbs/api/training/00_wrappers.ipynb #64ddbf1b
-def whole_tensor(tensor: Tensor) -> Tensor:
-    "A tensor without its graph, gathered if it is sharded over processes."
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

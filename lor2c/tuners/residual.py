@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..maths.layout import Span
@@ -228,9 +229,8 @@ class _AddResidual:
         x = hidden_states(layer, args, kwargs)
         # as transformers asks its layers
         recompute = layer.training and getattr(layer, "gradient_checkpointing", False)
-        if isinstance(output, tuple):
-            return (self.residual(output[0], x, recompute), *output[1:])
-        return self.residual(output, x, recompute)
+        h = self.residual(stream_of(output), x, recompute)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
 # %% ../../nbs/api/tuners/03_residual.ipynb #6b87924d
 def hidden_states(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:  # (batch, seq, d)
@@ -246,6 +246,11 @@ def hidden_states(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             "get them as its first argument, or as hidden_states="
         )
     return x
+
+
+def stream_of(output: Any) -> Any:  # (batch, seq, d)
+    "The hidden states that a layer returned, alone or as the first of several things."
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _refuse_replica(layer: nn.Module) -> None:
@@ -289,6 +294,12 @@ def pairs_of(model: nn.Module, name: str) -> dict[Span, tuple[nn.Parameter, nn.P
 def units_of(model: nn.Module, name: str) -> dict[Span, Tensor]:
     "Span -> (2, d), the units that a residual reads and writes in; empty without units."
     return {(m.start[name], m.end): m.lor2c_units[name] for _, m in residuals(model) if name in m.lor2c_units}
+
+# %% ../../nbs/api/tuners/03_residual.ipynb #64ddbf1b
+def whole_tensor(tensor: Tensor) -> Tensor:
+    "A tensor without its graph, gathered if it is sharded over processes."
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 # %% ../../nbs/api/tuners/03_residual.ipynb #7c6c3bfa
 def remove_unused(model: nn.Module) -> None:

@@ -15,11 +15,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..maths.units import square_sums, units
-from .residual import LoR2CLayer, hidden_states, residuals
+from .residual import LoR2CLayer, hidden_states, residuals, stream_of, whole_tensor
 from .stack import Layers
 from .switches import active_adapter, in_eval_mode
+
+# %% ../../nbs/api/tuners/08_units.ipynb #7b4fb753
+def masks_of(arguments: Mapping[str, Any]) -> list[Tensor]:
+    "Which tokens are no padding, (batch, seq), of each sequence that a model is called with."
+    named = (value for name, value in arguments.items() if name.endswith("attention_mask"))
+    return [mask for mask in named if isinstance(mask, Tensor) and mask.dim() == 2]
+
+
+def real_tokens(stream: Tensor, masks: Iterable[Tensor]) -> Tensor:  # (n, d)
+    "The tokens of a stream, (batch, seq, d), that are no padding by the mask of its shape; all, without one."
+    mask = next((mask for mask in masks if mask.shape == stream.shape[:-1]), None)
+    return stream.flatten(0, -2) if mask is None else stream[mask.to(stream.device) != 0]
 
 # %% ../../nbs/api/tuners/08_units.ipynb #118d3bed
 class _Meter:
@@ -43,18 +56,15 @@ class _Meter:
         self.normed = output
 
     def _end(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
+        y = stream_of(output)
         self.post_norm = y is self.normed
-        streams = [_real(stream, self.masks, y.device) for stream in (self.begun, hidden_states(layer, args, kwargs), y)]
+        # mps has no float64
+        wide = torch.float32 if y.device.type == "mps" else torch.float64
+        seen = (self.begun, hidden_states(layer, args, kwargs), y)
+        streams = [real_tokens(stream.detach().to(y.device), self.masks).to(wide) for stream in seen]
         sums = square_sums(*streams)
         self.sums, self.tokens = self.sums.to(sums) + sums, self.tokens + len(streams[0])
 
-
-def _real(stream: Tensor, masks: Iterable[Tensor], home: torch.device) -> Tensor:  # (n, d)
-    "The tokens of a stream that are no padding, in float64 if the device has it."
-    wide = stream.detach().to(home, torch.float32 if home.type == "mps" else torch.float64)
-    mask = next((mask for mask in masks if mask.shape == stream.shape[:-1]), None)
-    return wide.flatten(0, -2) if mask is None else wide[mask.to(home) != 0]
 
 # %% ../../nbs/api/tuners/08_units.ipynb #3b1c7bed
 @contextmanager
@@ -89,7 +99,7 @@ def _set_units(places: list[tuple[Layers, LoR2CLayer]], name: str, meters: list[
     measured = [units(s, n) for s, n in zip(sums, tokens.tolist(), strict=True)]
     down: set[nn.Parameter] = set()
     for (_, residual), new in zip(places, measured, strict=True):
-        if residual.pair(name)[1].weight.detach().any():
+        if whole_tensor(residual.pair(name)[1].weight).any():
             _unfold(residual, name, new, down)
         residual.lor2c_units[name] = new.to(residual.lor2c_units[name])
 
@@ -97,12 +107,18 @@ def _set_units(places: list[tuple[Layers, LoR2CLayer]], name: str, meters: list[
 @torch.no_grad()
 def _unfold(residual: LoR2CLayer, name: str, new: Tensor, down: set[nn.Parameter]) -> None:
     "Change a trained pair so that it does in the new units what it did in the old ones; a shared A once."
-    read, write = new / residual.lor2c_units[name]
+    read, write = new.to(residual.lor2c_units[name]) / residual.lor2c_units[name]
     A, B = (matrix.weight for matrix in residual.pair(name))
-    B /= write.to(B)[:, None]
+    B.mul_(_like(1 / write[:, None], B))
     if A not in down:
-        A *= read.to(A)
+        A.mul_(_like(read, A))
         down.add(A)
+
+
+def _like(factor: Tensor, p: Tensor) -> Tensor:
+    "A factor as large as a parameter, in the same parts if that is sharded."
+    factor = factor.to(p.dtype).expand(p.shape)
+    return distribute_tensor(factor.contiguous(), p.device_mesh, p.placements) if isinstance(p, DTensor) else factor
 
 # %% ../../nbs/api/tuners/08_units.ipynb #7800177e
 @torch.compiler.disable
@@ -117,17 +133,11 @@ def _measure(
     masks: list[Tensor] = []
     with _metered(places, name, masks) as meters, in_eval_mode(model):
         for arguments, run in runs:
-            masks[:] = _masks(arguments)
+            masks[:] = masks_of(arguments)
             run()
     _set_units(places, name, meters)
     if any(meter.post_norm for meter in meters):
         warnings.warn(_POST_NORM, stacklevel=3)
-
-
-def _masks(arguments: Mapping[str, Any]) -> list[Tensor]:
-    "Which tokens are no padding, (batch, seq), of each sequence that a model is called with."
-    named = (value for name, value in arguments.items() if name.endswith("attention_mask"))
-    return [mask for mask in named if isinstance(mask, Tensor) and mask.dim() == 2]
 
 
 def _places(model: nn.Module, name: str) -> list[tuple[Layers, LoR2CLayer]]:

@@ -16,6 +16,7 @@ VARIANTS = {
     "checkpointing": {"checkpointing": True},
     "best": {"best": True},
     "share": {"share": True},
+    "stream": {"units": "stream"},
     "restored by Trainer": {"restore": True},
 }
 # Moves are at the ends of steps 3 (a merge, an injection) and 6 (the same), of 24.

@@ -168,9 +168,9 @@ def shard(peft_model, mesh):
     return fully_shard(peft_model, mesh=mesh)
 
 
-def sharded(checkpointing: bool = False, accumulation: int = 1) -> dict:
+def sharded(checkpointing: bool = False, accumulation: int = 1, **config) -> dict:
     """FSDP 2, with an evaluation right before each change: it leaves gathered parameters in some places."""
-    peft_model, changer = model(), IMCallback(max_merges=1, max_injections=2)
+    peft_model, changer = model(**config), IMCallback(max_merges=1, max_injections=2)
     if checkpointing:
         peft_model.gradient_checkpointing_enable()
         peft_model.train()
@@ -318,6 +318,8 @@ RUNS = {
     "trainer": with_trainer,
     "accumulated": lambda: with_trainer(accumulation=2),
     "shared": lambda: with_trainer(share=True),
+    "in units": lambda: with_trainer(units="stream"),
+    "sharded, in units": lambda: sharded(units="stream"),
     "forgotten": lambda: with_trainer(no_rebuild=True),
     "accelerate": with_accelerate,
     "sharded": sharded,
