@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from .checks import check_whole
+from .checks import check_rank, check_whole
 
 # %% ../../nbs/api/maths/03_layout.ipynb #0661288b
 Span = tuple[int, int]  # first and last layer, both included
@@ -73,10 +73,14 @@ class Layout:
     depth: int
     spans: tuple[Span, ...]  # sorted
     injected: tuple[Injection, ...] = ()  # sorted
+    ranks: tuple[tuple[int, int], ...] = ()  # (first layer, rank) of residuals with a rank of their own, sorted
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spans", tuple(check_spans(self.spans, self.depth)))
         object.__setattr__(self, "injected", tuple(sorted(Injection(*lora) for lora in self.injected)))
+        starts = {start for start, _ in self.spans}
+        ranks = {start: check_rank(r) for start, r in self.ranks if start in starts}
+        object.__setattr__(self, "ranks", tuple(sorted(ranks.items())))
         covered = {layer for start, end in self.spans for layer in range(start, end + 1)}
         for layer, r, alpha in self.injected:
             if not 0 <= layer < self.depth:
@@ -106,6 +110,17 @@ class Layout:
         kept = tuple(span for span in self.spans if span not in (a, b))
         return replace(self, spans=(*kept, (a[0], b[1])))
 
+    def rank(self, start: int, r: int) -> int:
+        "The rank of the residual that begins at layer `start`, in an adapter of rank r."
+        return dict(self.ranks).get(start, r)
+
+    def with_rank(self, start: int, r: int) -> "Layout":
+        "The residual that begins at layer `start` gets this rank; with 0 it is gone. Raises ValueError where none begins."
+        span = self.span_from(start)
+        if r == 0:
+            return replace(self, spans=tuple(other for other in self.spans if other != span))
+        return replace(self, ranks=(*self.ranks, (start, r)))
+
     def inject(self, layer: int, r: int, alpha: float) -> "Layout":
         "The residual around `layer` becomes LoRA on its q and v. Raises ValueError where it spans more than that layer."
         start, end = self.span_from(layer)
@@ -122,12 +137,14 @@ class Layout:
         qv: Sequence[tuple[int, int]] | None = None,  # (inputs, outputs) of q and of v; d by d if None
     ) -> int:
         "How many numbers are trained, heads apart. Source: LoR2C Tables I and II."
-        downs = min(1, len(self.spans)) if share else len(self.spans)
+        residuals = sum(self.rank(start, r) for start, _ in self.spans)
+        downs = min(r, residuals) if share else residuals
         ends = sum(i + o for i, o in (qv or [(d, d), (d, d)]))
-        return (downs + len(self.spans)) * d * r + sum(lora.r for lora in self.injected) * ends
+        return (downs + residuals) * d + sum(lora.r for lora in self.injected) * ends
 
     def __str__(self) -> str:
-        residuals = [f"[{a}..{b}]" if a < b else f"[{a}]" for a, b in self.spans]
+        own = {start: f":{r}" for start, r in self.ranks}
+        residuals = [(f"[{a}..{b}]" if a < b else f"[{a}]") + own.get(a, "") for a, b in self.spans]
         return " ".join(residuals + [f"LoRA@{lora.layer}" for lora in self.injected])
 
 # %% ../../nbs/api/maths/03_layout.ipynb #296f0158

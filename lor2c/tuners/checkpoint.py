@@ -30,8 +30,9 @@ def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConf
         _check_match("layers at", stack, path)
         _check_match("a depth of", depth, len(layers))
     _check_shapes(residual.values(), model, path, config.r)
-    spans = [parts["span"].tolist() for parts in residual.values()]
-    layout = Layout(len(layers), tuple((start, end) for start, end, _ in spans), tuple({put for put, _ in lora.values()}))
+    spans = {tuple(parts["span"].tolist()[:2]): parts for parts in residual.values()}
+    own = tuple((start, len(parts["A"])) for (start, _), parts in spans.items() if len(parts["span"]) > 3)
+    layout = Layout(len(layers), tuple(spans), tuple({put for put, _ in lora.values()}), own)
     _check_keys(state_dict, _expected_keys(layout, model, config))
     return layout
 
@@ -64,7 +65,8 @@ def _check_shapes(residuals: Iterable[dict[str, Any]], model: nn.Module, path: s
     for parts in residuals:
         r, d = parts["A"].shape
         _check_match("a width of", d, stream_width(model, path))
-        _check_match("rank", r, rank)
+        # a rank of its own comes with that of the adapter
+        _check_match("rank", parts["span"][3].item() if len(parts["span"]) > 3 else r, rank)
 
 
 def _check_match(quantity: str, saved: object, ours: object) -> None:

@@ -83,6 +83,7 @@ class LoR2CConfig(PeftConfig):
         share: One A for all residuals (ShareLoR2C).
         units: Read and write the stream as it is ("paper"), or in units measured on the first batch ("stream").
         injected: Layer -> [r, alpha] of the LoRA on its q and v, where it has no residual.
+        ranks: First layer -> rank of the residuals that have a rank of their own. The scaling stays alpha / r.
         inject_targets: Names of q and v inside a layer. None: found by their usual names.
         modules_to_save: Modules trained and saved in full, such as a new head.
 
@@ -120,6 +121,9 @@ class LoR2CConfig(PeftConfig):
     injected: dict[int, list[float]] | None = field(
         default=None, metadata={"help": "layer -> [r, alpha] of the LoRA on its q and v, where it has no residual"}
     )
+    ranks: dict[int, int] | None = field(
+        default=None, metadata={"help": "first layer -> rank of the residuals that have a rank of their own"}
+    )
     inject_targets: list[str] | None = field(
         default=None, metadata={"help": "names of q and v inside a layer; None: found by their usual names"}
     )
@@ -136,6 +140,9 @@ class LoR2CConfig(PeftConfig):
         if self.injected is not None:
             # JSON makes strings of the layers
             self.injected = {int(layer): [r, alpha] for layer, (r, alpha) in self.injected.items()} or None
+        self.ranks = {int(start): check_rank(r) for start, r in (self.ranks or {}).items()} or None
+        if self.ranks and self.share:
+            raise ValueError("ranks cannot differ with share=True: all residuals have one A")
         if self.spans is not None:
             pairs = [as_span(span) for span in self.spans]
             self.layout(max([0, *(self.injected or {}), *(end for _, end in pairs)]) + 1)
@@ -150,13 +157,14 @@ class LoR2CConfig(PeftConfig):
         ]
         taken = {lora.layer for lora in injected}
         spans = [span for span in check_spans(self.spans, depth) if self.spans is not None or span[0] not in taken]
-        return Layout(depth, tuple(spans), tuple(injected))
+        return Layout(depth, tuple(spans), tuple(injected), tuple((self.ranks or {}).items()))
 
     def with_layout(self, layout: Layout) -> "LoR2CConfig":
         "A copy that describes this structure."
         changed = copy.deepcopy(self)
         changed.spans = [list(span) for span in layout.spans]
         changed.injected = {lora.layer: [lora.r, lora.alpha] for lora in layout.injected} or None
+        changed.ranks = dict(layout.ranks) or None
         return changed
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -115,12 +115,15 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         self, name: str, start: int, config: LoR2CConfig, like: Tensor, pair: tuple[Tensor, Tensor] | None = None
     ) -> None:
         "Add or replace adapter `name`: this pair, or a fresh one on the device and in the dtype of `like`."
-        A, B = pair or init_pair(self.width, config.r, like.device, like.dtype)
+        rank = (config.ranks or {}).get(start, config.r)
+        A, B = pair or init_pair(self.width, rank, like.device, like.dtype)
         self.lor2c_A[name], self.lor2c_B[name] = Matrix(A), Matrix(B)
         self.lor2c_dropout[name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         # a structure must have values, also where weights have none
         home = "cpu" if like.is_meta else like.device
-        self.lor2c_span[name] = torch.tensor([start, self.end, self.depth], device=home)
+        # with a rank of its own, also the rank that the scaling is for
+        own = [config.r] if len(A) != config.r else []
+        self.lor2c_span[name] = torch.tensor([start, self.end, self.depth, *own], device=home)
         # all ones: not measured yet
         if config.units == "stream" and not config.inference_mode:
             self.lor2c_units[name] = torch.ones(2, self.width, device=home)
@@ -190,7 +193,7 @@ class LoR2CLayer(nn.Module, BaseTunerLayer):
         "Refuse tensors of another structure; rest[-1] is the list of errors that `load_state_dict` raises."
         for name, start in self.start.items():
             span = state_dict.get(f"{prefix}lor2c_span.{name}")
-            if span is not None and span.tolist() != [start, self.end, self.depth]:
+            if span is not None and span.tolist() != self.lor2c_span[name].tolist():
                 rest[-1].append(f"{prefix}: saved with [start, end, depth] {span.tolist()}; call set_layout() first")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -68,7 +68,9 @@ def layout_of(
     if not depths:
         raise ValueError(f"the model has no LoR2C adapter {adapter_name!r}: make one with get_peft_model")
     spans = tuple((layer.start[adapter_name], layer.end) for layer in layers)
-    return Layout(depths.pop(), spans, tuple({injection for injection, _ in injections}))
+    own = [layer for layer in layers if len(layer.lor2c_span[adapter_name]) > 3]
+    ranks = tuple((layer.start[adapter_name], len(layer.pair(adapter_name)[0].weight)) for layer in own)
+    return Layout(depths.pop(), spans, tuple({injection for injection, _ in injections}), ranks)
 
 # %% ../../nbs/api/tuners/07_structure.ipynb #a43997a0
 def set_layout(
@@ -92,13 +94,14 @@ def set_layout(
     # first, because PEFT may refuse
     _inject(model, config, name, [injection for injection in new if injection.layer not in taken], old)
     _take_out(model, name, now, wanted)
+    config = config.with_layout(wanted)
     for span in wanted.spans:
-        if span not in now.spans:
+        if span not in now.spans or wanted.rank(span[0], config.r) != now.rank(span[0], config.r):
             _put_around(model, config, name, span, (moved or {}).get(span), old)
     _inject(model, config, name, [injection for injection in new if injection.layer in taken], old)
     if config.share:
         tie(model, name)
-    return config.with_layout(wanted)
+    return config
 
 
 class _Old(NamedTuple):
