@@ -8,7 +8,8 @@ Importing lor2c registers two methods with PEFT, for `get_peft_model` and `PeftM
 These change a model while it trains:
 
     merge_modules, inject_lora   two residuals become one; a residual becomes LoRA on queries and values
-    IMCallback                   both when they are due, in any Trainer (IMLoR2C)
+    shrink                       ranks are lowered, the directions that matter least to the loss first
+    IMCallback                   merges and injections when they are due, in any Trainer (IMLoR2C)
     RMLoRACallback               a regulariser and masked gradients, for LoRA of any kind (RM-LoRA)
 
 And these are useful beside them:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lor2c.disk.checkpoints import last_complete_checkpoint
     from lor2c.training.imlor2c import IMCallback
     from lor2c.training.rm_lora import RMLoRACallback
+    from lor2c.training.shrink import shrink
     from lor2c.training.surgery import inject_lora, merge_modules
     from lor2c.tuners.config import LoR2CConfig, ResLoRAConfig
     from lor2c.tuners.lor2c import LoR2CModel
@@ -55,6 +57,7 @@ __all__ = [
     "inject_lora",
     "last_complete_checkpoint",
     "merge_modules",
+    "shrink",
 ]
 
 _HOMES = {
@@ -70,6 +73,7 @@ _HOMES = {
     "inject_lora": "training.surgery",
     "last_complete_checkpoint": "disk.checkpoints",
     "merge_modules": "training.surgery",
+    "shrink": "training.shrink",
 }
 
 

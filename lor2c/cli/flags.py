@@ -93,8 +93,14 @@ def add_structure(parser: argparse.ArgumentParser, schedule: str) -> None:
         ("schedule", f"when to merge and inject: epoch or fractional ({schedule})"),
         ("score", "of the information in a residual: sfs or mean (sfs)"),
         ("rules", "paper, or reference: what the reference code does (paper)"),
+        ("keep", "whose pair a merge keeps: more_information, first, second; or fitted to both (more_information)"),
     ]:
         parser.add_argument(f"--{name}", help=text)
+    for name, text in [
+        ("budget", "in place of merges and injections, lower ranks halfway to this share of the numbers"),
+        ("tolerance", "or while the loss is predicted to rise by no more than this"),
+    ]:
+        parser.add_argument(f"--{name}", type=float, metavar="X", help=text)
 
 # %% ../../nbs/api/cli/00_flags.ipynb #66a06c0f
 def add_rm(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ class Fit(NamedTuple):
     A: Tensor  # (r, d)
     B: Tensor  # (d, r)
     rest: Tensor  # y - B A x of each token, (n, d)
+    energy: Tensor  # of each direction, summed over tokens, (r,), descending: the best fit of rank k has the first k
 
 # %% ../../nbs/api/maths/07_regression.ipynb #48b94bfd
 @torch.no_grad()
@@ -28,7 +29,7 @@ def fit_pair(
     y: Tensor,  # the change to reproduce at its end, (n, d)
     r: int,  # rank
     prior: tuple[Tensor, Tensor] | None = None,  # A_0 (q, d) and B_0 (d, q), what to stay close to; None: zero
-    weight: Tensor | None = None,  # how much an error in each coordinate counts, (d,)
+    metric: Tensor | None = None,  # L (d, d), lower triangular: an error e counts as |L^T e|^2; as |e|^2 if None
     ridge: float = 0.01,  # of the mean energy of a coordinate
 ) -> Fit:
     """The pair of rank r that comes closest to mapping x to y, by reduced-rank regression with a ridge towards the prior.
@@ -40,31 +41,29 @@ def fit_pair(
         raise ValueError("a pair is fitted to tokens, and there are none: pass batches with at least one")
     if not (x.isfinite().all() and y.isfinite().all()):
         raise FloatingPointError("a pair can't be fitted: the stream is not finite")
-    size, weight = _size(x), torch.ones_like(x[0]) if weight is None else _floored(weight)
-    X, Y = x / size, y * weight
-    A, B = (X[:0], Y[:0].T) if prior is None else (prior[0] * size, prior[1] * weight[:, None])
+    size = _size(x)
+    X, Y = x / size, y if metric is None else y @ metric
+    A, B = (X[:0], Y[:0].T) if prior is None else (prior[0] * size, prior[1] if metric is None else metric.T @ prior[1])
     damping = ridge * len(x)
     gram = X @ X.T
     gram.diagonal().add_(max(damping, 1e-6 * len(x)))
     rest = torch.cholesky_solve(Y - X @ A.T @ B.T, torch.linalg.cholesky(gram))
-    V = _leading(X, A, B, rest, damping, min(r, *y.shape))
-    down = (V.T @ B) @ A + (V.T @ rest.T) @ X
-    A, B = down / size, V / weight[:, None]
-    return Fit(A, B, y - x @ A.T @ B.T)
+    energy, V = _leading(X, A, B, rest, damping, min(r, *y.shape))
+    A = ((V.T @ B) @ A + (V.T @ rest.T) @ X) / size
+    B = V if metric is None else torch.linalg.solve_triangular(metric.T, V, upper=True)
+    return Fit(A, B, y - x @ A.T @ B.T, energy)
 
 
 def _size(x: Tensor) -> Tensor:  # (d,)
     "Root mean square of each coordinate over tokens, at least 5 % of the median."
-    return _floored(x.square().mean(0).sqrt())
-
-
-def _floored(size: Tensor) -> Tensor:
-    "Positive numbers of which none is below 5 % of the median."
+    size = x.square().mean(0).sqrt()
     return size.clamp_min(max(size.median().item() * 0.05, torch.finfo(size.dtype).tiny))
 
 # %% ../../nbs/api/maths/07_regression.ipynb #86c72a88
-def _leading(X: Tensor, A: Tensor, B: Tensor, rest: Tensor, damping: float, r: int) -> Tensor:  # (d, r)
-    "The top r eigenvectors of M K M^T for M = B A + rest^T X and K = X^T X + damping."
+def _leading(
+    X: Tensor, A: Tensor, B: Tensor, rest: Tensor, damping: float, r: int
+) -> tuple[Tensor, Tensor]:  # (r,), (d, r)
+    "The top r eigenvalues and eigenvectors of M K M^T for M = B A + rest^T X and K = X^T X + damping."
 
     def apply(Q: Tensor) -> Tensor:
         P = A.T @ (B.T @ Q) + X.T @ (rest @ Q)
@@ -75,4 +74,23 @@ def _leading(X: Tensor, A: Tensor, B: Tensor, rest: Tensor, damping: float, r: i
     Q = torch.randn(width, min(2 * r + 8, width), generator=torch.Generator().manual_seed(0)).to(X)
     for _ in range(6):
         Q = torch.linalg.qr(apply(Q)).Q
-    return Q @ torch.linalg.eigh(Q.T @ apply(Q)).eigenvectors[:, -r:]
+    values, rotation = torch.linalg.eigh(Q.T @ apply(Q))
+    return values[-r:].flip(0).clamp_min(0), Q @ rotation[:, -r:].flip(1)
+
+# %% ../../nbs/api/maths/07_regression.ipynb #12f67a00
+def fisher_metric(
+    gradient: Tensor,  # of the loss at each token, (n, d)
+    damping: float = 0.3,  # of the diagonal
+) -> Tensor | None:  # L (d, d); None if all gradients are zero
+    "Cholesky factor of the gradients' second moment."
+    moment = gradient.T @ gradient / len(gradient)
+    diagonal = moment.diagonal()
+    if not diagonal.any():
+        return None
+    moment.diagonal().add_(damping * diagonal + 1e-3 * damping * diagonal.mean())
+    return torch.linalg.cholesky(moment)
+
+
+def predicted_cost(rest: Tensor, gradient: Tensor) -> float:
+    "How much the loss rises if each token's change lacks `rest`, by the curvature of the loss; both (n, d)."
+    return 0.5 * (rest * gradient).sum(-1).square().sum().item()

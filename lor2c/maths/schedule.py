@@ -35,7 +35,7 @@ def interval(
     return math.floor(quarter) + 1 if how == "epoch" else quarter
 
 # %% ../../nbs/api/maths/04_schedule.ipynb #1c11f32d
-Move = Literal["merge", "inject"]
+Move = Literal["merge", "inject", "shrink"]
 
 # %% ../../nbs/api/maths/04_schedule.ipynb #6b932d5b
 @dataclass(frozen=True)

@@ -46,5 +46,6 @@ HAVE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("share", "units"), _residuals),
     "max_merges": ("imlor2c", "mergelor2c"),
     **dict.fromkeys(("max_injections", "inject_alpha"), ("imlor2c", "injectlor2c")),
-    **dict.fromkeys(("schedule", "score", "sfs_k", "rules"), tuple(CHANGING)),
+    "keep": ("imlor2c", "mergelor2c"),
+    **dict.fromkeys(("schedule", "score", "sfs_k", "rules", "budget", "tolerance"), tuple(CHANGING)),
 }

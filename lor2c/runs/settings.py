@@ -18,6 +18,7 @@ from .methods import HAVE, METHODS, RM_LORA, TARGETS, Targets
 from ..training.decisions import Rules, Schedule, Settings
 from ..training.masks import RMSettings
 from ..training.scores import Score
+from ..training.surgery import Keep
 from ..tuners.config import Units
 
 # %% ../../nbs/api/runs/01_settings.ipynb #49abb9e2
@@ -48,6 +49,9 @@ class Run:
     score: Score = "sfs"
     sfs_k: int | None = None  # k of SFS; rank // 2 if None
     rules: Rules = "paper"  # "reference": as the reference code does
+    keep: Keep = "more_information"  # whose pair a merge keeps; "fitted": a pair fitted to both
+    budget: float | None = None  # share of the numbers to shrink to, halfway, in place of merges and injections
+    tolerance: float | None = None  # or how much the loss may rise by prediction
     rm: bool = False  # regularise and mask, beside what the method does
     rm_coefficient: float = RMSettings.coefficient  # of the regulariser
     rm_directions: int | None = None  # updated in each step; half of the rank if None
@@ -108,5 +112,5 @@ class Run:
 
     def settings(self) -> Settings:
         "The settings of IMLoR2C in it. Raises ValueError if they cannot be."
-        names = ("max_merges", "max_injections", "inject_alpha", "schedule", "score", "sfs_k", "rules")
-        return Settings(**{name: getattr(self, name) for name in names})
+        names = ("max_merges", "max_injections", "inject_alpha", "schedule", "score", "sfs_k", "rules", "keep")
+        return Settings(**{name: getattr(self, name) for name in (*names, "budget", "tolerance")})

@@ -18,9 +18,10 @@ from transformers.trainer_callback import ExportableState
 
 from ..maths.checks import check_whole, one_of
 from ..maths.layout import Layout, check_lora, choose_injection, choose_merge, layers_needed
-from ..maths.schedule import Due
+from ..maths.schedule import Due, plan
 from ..maths.sfs import mean_singular_value, score, top_share
 from .scores import Score
+from .shrink import check_amount
 from .surgery import Keep
 from ..tuners.injection import injected
 from ..tuners.lor2c import LoR2CModel
@@ -46,11 +47,13 @@ class Settings:
     score: Score = "sfs"  # Eq. 5; or "mean", of the singular values
     sfs_k: int | None = None  # k of Eq. 5; r // 2 if None
     inject: Inject = "lowest"  # which score is injected; or "highest"
-    keep: Keep = "more_information"  # whose pair a merge keeps; or "first", "second"
+    keep: Keep = "more_information"  # whose pair a merge keeps; or "first", "second", or "fitted": neither
     longest: int | None = None  # most layers that a merged residual may span; any number if None
     inject_r: int | None = None  # rank of injected LoRA; half of the residuals' if None
     inject_alpha: float | None = None  # the residuals' if None
     rules: Rules = "paper"  # or "reference": what the reference code does
+    budget: float | None = None  # share of the numbers to shrink to, halfway, in place of merges and injections
+    tolerance: float | None = None  # or how much the loss may rise by prediction
 
     def __post_init__(self) -> None:
         check_whole("max_merges", self.max_merges, 0)
@@ -61,9 +64,28 @@ class Settings:
         check_lora(1 if self.inject_r is None else self.inject_r, 1 if self.inject_alpha is None else self.inject_alpha)
         if self.longest is not None:
             check_whole("longest", self.longest, 2)
+        if self.shrinks:
+            check_amount(self.budget, self.tolerance)
         decided = [name for name in ("score", "inject", "keep") if getattr(self, name) != getattr(Settings, name)]
         if self.rules == "reference" and decided:
             raise ValueError(f"rules='reference' decides about {decided[0]} as the reference code does: leave it out")
+
+    @property
+    def shrinks(self) -> bool:
+        "Whether ranks are lowered halfway, and nothing is merged or injected."
+        return self.budget is not None or self.tolerance is not None
+
+    @property
+    def looks(self) -> bool:
+        "Whether a decision looks at batches."
+        return self.shrinks or (self.keep == "fitted" and self.max_merges > 0)
+
+    def plan(self, steps: int, steps_per_epoch: float) -> list[Due]:
+        "The decisions of a run of so many steps."
+        if self.shrinks:
+            half = max(1, steps // 2)
+            return [Due(half, half / steps_per_epoch, "shrink")]
+        return plan(self.max_merges, self.max_injections, steps, steps_per_epoch, self.schedule)
 
 # %% ../../nbs/api/training/05_decisions.ipynb #c3380e88
 def scores_by(
@@ -187,3 +209,16 @@ def epoch_length(
         return math.ceil(len(loader) / accumulation)
     except TypeError:
         return None
+
+# %% ../../nbs/api/training/05_decisions.ipynb #f8ced8fd
+def sample_batches(loader: Any, size: int, rows: int = 64) -> list[dict[str, Any]]:
+    "Batches of so many evenly spaced rows of a data loader. Raises ValueError if its data has no length."
+    try:
+        n = len(loader.dataset)
+    except (AttributeError, TypeError):
+        raise ValueError(
+            "a fit looks at rows of the training data, which here has no length: train on a dataset that has one"
+        ) from None
+    picked = [loader.dataset[i * n // rows] for i in range(rows)] if n > rows else [loader.dataset[i] for i in range(n)]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return [dict(loader.collate_fn(picked[i : i + size])) for i in range(0, len(picked), size)]

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/api/training/04_fitted.ipynb #3a419b57
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.layout import Span
-from ..maths.units import rms
+from ..maths.regression import Fit, fisher_metric, fit_pair, predicted_cost
+from ..maths.units import in_units, rms
 from .wrappers import tuner_of
-from ..tuners.residual import hidden_states, residuals, stream_of
+from ..tuners.residual import hidden_states, pairs_of, residuals, scaling_of, stream_of, units_of, whole_tensor
 from ..tuners.stack import Layers
 from ..tuners.switches import in_eval_mode
-from ..tuners.units import masks_of, real_tokens
+from ..tuners.units import like, masks_of, real_tokens
 
 # %% ../../nbs/api/training/04_fitted.ipynb #b167a89d
 class _Calls:
@@ -71,7 +73,7 @@ class Seen(NamedTuple):
 
     x: Tensor  # what the span reads, (n, d)
     change: Tensor  # what its residuals change at its end, (n, d)
-    gradient: Tensor  # of the loss there, (n, d); zero if the model gives no loss
+    gradient: Tensor  # of the loss there, (n, d), so that half the sum of squares of gradient times error is in units of the loss
 
 # %% ../../nbs/api/training/04_fitted.ipynb #d3fba19a
 def see(
@@ -90,12 +92,12 @@ def see(
     tuner = tuner_of(model)
     layers = next(layers for layers, residual in residuals(tuner) if name in residual.start)
     with in_eval_mode(model):
-        looks = [_look(tuner, layers, spans, batch, -(-tokens // len(batches))) for batch in batches]
+        looks = [_look(tuner, layers, spans, batch, -(-tokens // len(batches)), len(batches)) for batch in batches]
     return {span: Seen(*(torch.cat(part) for part in zip(*(look[span] for look in looks), strict=True))) for span in spans}
 
 
 def _look(
-    tuner: nn.Module, layers: Layers, spans: Sequence[Span], batch: Mapping[str, Any], most: int
+    tuner: nn.Module, layers: Layers, spans: Sequence[Span], batch: Mapping[str, Any], most: int, batches: int
 ) -> dict[Span, Seen]:
     "What one batch shows, of at most so many tokens."
     calls = _Calls(layers)
@@ -106,23 +108,63 @@ def _look(
         for hook in calls.hooks:
             hook.remove()
     ends = [calls.outputs[layers[end]] for _, end in spans]
-    gradients = [None] * len(ends) if loss is None else torch.autograd.grad(loss, ends)
+    gradients = [torch.zeros_like(end) for end in ends] if loss is None else torch.autograd.grad(loss, ends)
+    scale = math.sqrt(_terms(batch) / batches)
     return {
-        (start, end): _tokens(calls, [layers[i] for i in range(start, end + 1)], gradient, masks_of(batch), most)
+        (start, end): _tokens(calls, [layers[i] for i in range(start, end + 1)], gradient * scale, masks_of(batch), most)
         for (start, end), gradient in zip(spans, gradients, strict=True)
     }
 
 
 def _tokens(
-    calls: _Calls, layers: Sequence[nn.Module], gradient: Tensor | None, masks: Sequence[Tensor], most: int
+    calls: _Calls, layers: Sequence[nn.Module], gradient: Tensor, masks: Sequence[Tensor], most: int
 ) -> Seen:
     "Evenly spaced real tokens around these layers."
     x, y = calls.inputs[layers[0]][0].detach(), calls.outputs[layers[-1]].detach()
     change = y - _plain(calls, layers)
-    gradient = torch.zeros_like(x) if gradient is None else gradient
     streams = [real_tokens(stream, masks).float() for stream in (x, change, gradient)]
     picked = torch.linspace(0, len(streams[0]) - 1, min(most, len(streams[0])), device=x.device).long()
     x, change, gradient = (stream[picked] for stream in streams)
     size = rms(x)
     # each token stands for as many as were left out
-    return Seen(x / size, change / size, gradient * size * (len(streams[0]) / max(1, len(picked))))
+    share = len(streams[0]) / max(1, len(picked))
+    return Seen(x / size, change / size, gradient * size * math.sqrt(share))
+
+
+def _terms(batch: Mapping[str, Any]) -> int:
+    "How many terms the mean of a batch's loss has: its labels, those that are ignored apart."
+    labels = batch.get("labels")
+    return 1 if labels is None else max(1, int((labels != -100).sum()))
+
+# %% ../../nbs/api/training/04_fitted.ipynb #07fdc026
+def plain_pairs(model: nn.Module, name: str) -> dict[Span, tuple[Tensor, Tensor]]:
+    "Span -> A (r, d) and scaling * B (d, r) of every residual of an adapter, whole, its units folded in."
+    units, scaling = units_of(model, name), scaling_of(model, name)
+    whole = {span: [whole_tensor(p) for p in pair] for span, pair in pairs_of(model, name).items()}
+    plain = {span: in_units(A, B, units.get(span)) for span, (A, B) in whole.items()}
+    return {span: (A, scaling * B) for span, (A, B) in plain.items()}
+
+# %% ../../nbs/api/training/04_fitted.ipynb #b5ae7622
+def fit_merge(
+    model: nn.Module,
+    name: str,  # of the adapter
+    first: Span,  # of the lower residual
+    second: Span,  # of its neighbour
+    batches: Sequence[Mapping[str, Any]],
+) -> tuple[Fit, float]:  # A (r, d) and scaling * B (d, r) on the plain stream; what the loss is predicted to rise by
+    "The pair that comes closest to what two neighbouring residuals did on these batches."
+    tuner, span = tuner_of(model), (first[0], second[1])
+    seen, pairs = see(model, name, [span], batches)[span], plain_pairs(tuner, name)
+    prior = torch.cat([pairs[first][0], pairs[second][0]]), torch.cat([pairs[first][1], pairs[second][1]], 1)
+    fit = fit_pair(seen.x, seen.change, len(pairs[first][0]), prior, fisher_metric(seen.gradient))
+    return fit, predicted_cost(fit.rest, seen.gradient)
+
+# %% ../../nbs/api/training/04_fitted.ipynb #c53b1c52
+@torch.no_grad()
+def write_pair(model: nn.Module, name: str, span: Span, A: Tensor, B: Tensor) -> None:
+    "Let a residual do what A (r, d) and scaling * B (d, r) do to the plain stream, in the units that it has."
+    units, parameters = units_of(model, name).get(span), pairs_of(model, name)[span]
+    # dividing by the units is what `in_units` does with their inverse
+    values = in_units(A, B / scaling_of(model, name), None if units is None else 1 / units)
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(like(value, p))

@@ -8,7 +8,7 @@ __all__ = ['IMCallback']
 # %% ../../nbs/api/training/06_imlor2c.ipynb #8c7d0ad8
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..maths.layout import Layout, legal_injections, legal_merges
-from ..maths.schedule import Due, plan, remarks
+from ..maths.schedule import Due, remarks
 from ..maths.sfs import check_k
 from .decisions import Inject, Rules, Schedule, Settings, choose, epoch_length, note_state
-from .decisions import refuse_missed, refuse_others, saved_history, scores_by, too_many, untrained_by_reference
+from .decisions import refuse_missed, refuse_others, sample_batches, saved_history, scores_by, too_many, untrained_by_reference
 from .distributed import agreed, check_sharding
 from .optimizer import check_optimizer
 from .scores import Score, gradient_norms, spectra
+from .shrink import shrink
 from .surgery import Change, Keep, inject_lora, merge_modules
 from .wrappers import tuner_of
 from ..tuners.injection import find_qv
@@ -53,6 +54,7 @@ class _Loop:
         steps_per_epoch: int | None = None,  # None: not known, for schedule="fractional" only
         optimizer: Any = None,
         step: int = 0,  # where training goes on
+        batches: Sequence[Mapping[str, Any]] = (),  # to look at, for keep="fitted", budget and tolerance
     ) -> None:
         """Plan the decisions of a run of so many optimizer steps, and refuse now what would fail later.
 
@@ -61,14 +63,15 @@ class _Loop:
         self.check(model, optimizer)
         if steps_per_epoch is None and self.settings.schedule == "epoch":
             raise ValueError("schedule='epoch' needs the length of an epoch, which this data has not: use 'fractional'")
-        limits = self.settings.max_merges, self.settings.max_injections
-        self.step, self.steps_per_epoch = step, steps_per_epoch or steps
-        self.due = plan(*limits, steps, self.steps_per_epoch, self.settings.schedule)
+        if self.settings.looks and not batches:
+            raise ValueError("keep='fitted', budget and tolerance look at batches of the training data: begin(..., batches=[...])")
+        self.step, self.steps_per_epoch, self.batches = step, steps_per_epoch or steps, batches
+        self.due = self.settings.plan(steps, self.steps_per_epoch)
         if step:
             refuse_others(self.due, self.history)
         self._refuse_missed("the checkpoint does not know of it: it was trained without, or with another, IMCallback")
-        if step == 0:
-            tuner = tuner_of(model)
+        if step == 0 and not self.settings.shrinks:
+            tuner, limits = tuner_of(model), (self.settings.max_merges, self.settings.max_injections)
             layers = len(tuner.layout(tuner.active_adapters[0]).spans)
             for remark in [*too_many(*limits, layers), *remarks(self.due, *limits, steps)]:
                 warnings.warn(remark, stacklevel=2)
@@ -95,7 +98,7 @@ class _Loop:
         when = {"step": self.step, "epoch": self.step / self.steps_per_epoch}
         decisions: list[Due | None] = [due for due in self.due if due.step == self.step]
         for due in decisions or [None]:
-            self.history.append(when | _entry(model, optimizer, self.settings, due, self._gradients))
+            self.history.append(when | _entry(model, optimizer, self.settings, due, self._gradients, self.batches))
 
     def finish(self) -> None:
         "Raise RuntimeError if a decision was due and was never taken."
@@ -142,6 +145,7 @@ def _entry(
     settings: Settings,
     due: Due | None,  # None: an epoch ends and no decision is due
     gradients: dict[int, float | None],  # start layer -> norm; a merge hands one on
+    batches: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     "Take the decision that is due, and return what the history has to say about it."
     tuner = tuner_of(model)
@@ -150,13 +154,14 @@ def _entry(
     width = next(iter(pairs.values()))[0].shape[1] if pairs else 0
     scores = scores_by(settings, spectra(tuner, name), width)
     residuals = [{"layers": [a, b], "score": scores[a], "gradient": gradients.get(a)} for a, b in layout.spans]
-    move = None if due is None else _act(model, optimizer, settings, due, layout, scores, gradients)
+    move = None if due is None else _act(model, optimizer, settings, due, layout, scores, gradients, batches)
     after = tuner.layout(name)
     return {
         "residuals": residuals,
         "move": move,
         "spans": [list(span) for span in after.spans],
         "injected": [list(one) for one in after.injected],
+        "ranks": [list(one) for one in after.ranks],
         "parameters": size(tuner, name),
     }
 
@@ -169,14 +174,19 @@ def _act(
     layout: Layout,
     scores: dict[int, float],
     gradients: dict[int, float | None],
+    batches: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     "Carry out the move that rank 0 chooses, and say what it was."
+    if due.move == "shrink":
+        change = shrink(model, batches, settings.budget, settings.tolerance, optimizer)
+        return {"kind": "shrink", "what": "done", "layers": list(change.layers), "kept": change.kept}
     arguments = agreed(choose(settings, due.move, layout, scores))
     if arguments is None:
         return {"kind": due.move, "what": "no legal move"}
     if due.move == "merge":
         # the gradient that was seen is that of the pair which goes on
-        kept = arguments["first"] if arguments["keep"] == "first" else arguments["second"]
+        kept = arguments["second"] if arguments["keep"] == "second" else arguments["first"]
+        arguments["batches"] = batches
         gradients[arguments["first"]] = gradients.get(kept)
     carry_out: Callable[..., Change] = merge_modules if due.move == "merge" else inject_lora
     change = carry_out(model, **arguments, optimizer=optimizer)
@@ -198,11 +208,13 @@ class IMCallback(_Loop, TrainerCallback, ExportableState):
         score: How residuals are scored: SFS as in Eq. 5, or the mean of the singular values.
         sfs_k: The k of SFS; r // 2 if None.
         inject: Which score is injected.
-        keep: Whose pair a merge keeps.
+        keep: Whose pair a merge keeps, or "fitted": a pair that comes closest to both.
         longest: The most layers that a merged residual may span; any number if None.
         inject_r: The rank of injected LoRA; half of the residuals' if None.
         inject_alpha: The alpha of injected LoRA; the residuals' if None.
         rules: The paper's, or those that its reference code follows when it is run.
+        budget: In place of merges and injections, lower ranks halfway until this share of the numbers is left.
+        tolerance: Or lower them while the loss is predicted to rise by no more than this.
 
     Raises:
         ValueError: A setting can't be. Before training: this model's structure can't change so, or the checkpoint had
@@ -236,8 +248,10 @@ class IMCallback(_Loop, TrainerCallback, ExportableState):
         inject_r: int | None = Settings.inject_r,
         inject_alpha: float | None = Settings.inject_alpha,
         rules: Rules = Settings.rules,
+        budget: float | None = Settings.budget,
+        tolerance: float | None = Settings.tolerance,
     ) -> None:
-        structure = inject, keep, longest, inject_r, inject_alpha, rules
+        structure = inject, keep, longest, inject_r, inject_alpha, rules, budget, tolerance
         super().__init__(Settings(max_merges, max_injections, schedule, score, sfs_k, *structure))
 
     def state(self) -> dict[str, Any]:
@@ -256,7 +270,9 @@ class IMCallback(_Loop, TrainerCallback, ExportableState):
                 "the structure cannot change under nn.DataParallel: start one process per GPU with torchrun"
             )
         per_epoch = epoch_length(train_dataloader, args.gradient_accumulation_steps)
-        self.begin(model, state.max_steps, per_epoch, optimizer, state.global_step)
+        batches = sample_batches(train_dataloader, args.train_batch_size) if self.settings.looks else []
+        batches = [{k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in batches]
+        self.begin(model, state.max_steps, per_epoch, optimizer, state.global_step, batches)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any

@@ -7,18 +7,19 @@ __all__ = ['Change', 'merge_modules', 'inject_lora']
 
 # %% ../../nbs/api/training/04_surgery.ipynb #844583fd
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..maths.checks import one_of
 from ..maths.layout import Layout, Span
-from .distributed import check_sharding, data_parallel, is_sharded, rebuild, reshard, shard_residuals
+from .distributed import agreed, check_sharding, data_parallel, is_sharded, rebuild, reshard, shard_residuals
+from .fitted import fit_merge, write_pair
 from .optimizer import check_optimizer, inner_optimizer, sync_optimizer
 from .scores import Score, scores_of
 from .wrappers import tuner_of
@@ -29,16 +30,16 @@ from ..tuners.structure import by_host, parameters_of, size
 # %% ../../nbs/api/training/04_surgery.ipynb #0a98da7f
 @dataclass(frozen=True)
 class Change:
-    "What a merge or an injection has done."
+    "What a merge, an injection or a shrinking has done."
 
-    move: Literal["merge", "inject"]
+    move: Literal["merge", "inject", "shrink"]
     layers: tuple[int, int]  # that the move was about, first and last
     kept: str  # whose pair goes on, or what came in its place
     layout: Layout  # from now on
     parameters: tuple[int, int]  # of the adapter, before and after
 
 # %% ../../nbs/api/training/04_surgery.ipynb #ba441bc2
-Keep = Literal["more_information", "first", "second"]
+Keep = Literal["more_information", "first", "second", "fitted"]
 
 # %% ../../nbs/api/training/04_surgery.ipynb #41f8e1bb
 def merge_modules(
@@ -50,19 +51,23 @@ def merge_modules(
     score: Score = "sfs",
     k: int | None = None,
     adapter_name: str | None = None,
+    batches: Sequence[Mapping[str, Any]] = (),
 ) -> Change:
     """Make two neighbouring residuals one that spans both, with the very parameters of the kept pair. A refusal changes nothing.
 
     Args:
         model: A PEFT model with LoR2C, pairs A (r, d) and B (d, r); it may be inside DistributedDataParallel.
         first, second: The layers, counted from 0, in which the lower residual and its neighbour begin.
-        keep: Whose A and B go on: those of the residual with more information, of the first, or of the second.
+        keep: Whose A and B go on: those of the residual with more information, of the first, or of the second. Or
+            "fitted": a pair that comes closest to what both did on `batches`, in the place of the first's.
         optimizer: The optimizer of the run, torch's or accelerate's around it; the pair's state goes on as well.
         score, k: How information is measured: by SFS, with r // 2 for k if None, or by the mean singular value.
         adapter_name: The adapter to change; the active one if None.
+        batches: For "fitted": arguments of the model by name, with labels, a few hundred tokens of the training data.
 
     Raises:
-        ValueError: The two are no neighbours, the optimizer lacks the adapter, or a name or `k` can't be.
+        ValueError: The two are no neighbours, the optimizer lacks the adapter, or a name or `k` can't be. A pair can't be
+            fitted, because there are no batches or all residuals share one A.
         TypeError: This model's structure, or this optimizer, can't change.
         FloatingPointError: Training diverged.
 
@@ -72,14 +77,30 @@ def merge_modules(
     >>> print(lor2c.merge_modules(model, first=1, second=2).layout)
     [0] [1..2] [3]
 
-    Source: LoR2C section III-D.
+    Source: LoR2C section III-D; "fitted" is ours.
     """
     tuner, name = _adapter(model, adapter_name)
-    after = tuner.layout(name).merge(first, second)
+    now = tuner.layout(name)
+    after = now.merge(first, second)
     kept, source = _kept(tuner, name, first, second, keep, score, k)
-    new = after.span_from(first)
-    counts = _operate(model, optimizer, name, after, {new: source})
+    new, r = after.span_from(first), tuner.peft_config[name].r
+    after = after.with_rank(first, now.rank(source[0], r)) if now.ranks else after
+    fit = _fitted(model, name, source, now.span_from(second), batches) if kept == "fitted" else None
+    counts = operate(model, optimizer, name, after, {new: source})
+    if fit:
+        write_pair(tuner, name, new, *fit)
     return Change("merge", new, f"{kept} [{source[0]}..{source[1]}]", after, counts)
+
+
+def _fitted(
+    model: nn.Module, name: str, first: Span, second: Span, batches: Sequence[Mapping[str, Any]]
+) -> tuple[Tensor, Tensor]:
+    "The pair that rank 0 has fitted to both residuals, on every rank. Raises ValueError if all residuals share one A."
+    if tuner_of(model).peft_config[name].share:
+        raise ValueError("keep='fitted' gives the merged residual an A of its own, and share=True has one for all")
+    fit, _ = fit_merge(model, name, first, second, batches)
+    A, B = agreed((fit.A.cpu(), fit.B.cpu()))
+    return A.to(fit.A), B.to(fit.B)
 
 
 def _adapter(model: nn.Module, name: str | None) -> tuple[LoR2CModel, str]:
@@ -90,13 +111,13 @@ def _adapter(model: nn.Module, name: str | None) -> tuple[LoR2CModel, str]:
 
 def _kept(
     tuner: LoR2CModel, name: str, first: int, second: int, keep: Keep, score: Score, k: int | None
-) -> tuple[str, Span]:  # "first" or "second", its span
+) -> tuple[str, Span]:  # "first", "second" or "fitted", the span whose place in the optimizer it takes
     "Whose pair a merge keeps. Raises ValueError for an unknown `keep` or score, FloatingPointError if training diverged."
     one_of("keep", keep, get_args(Keep))
     if keep == "more_information":
         information = scores_of(tuner, score, k, name)
         keep = "first" if information[first] >= information[second] else "second"
-    return keep, tuner.layout(name).span_from(first if keep == "first" else second)
+    return keep, tuner.layout(name).span_from(second if keep == "second" else first)
 
 # %% ../../nbs/api/training/04_surgery.ipynb #02afc14e
 def inject_lora(
@@ -136,11 +157,11 @@ def inject_lora(
     config = tuner.peft_config[name]
     r, alpha = max(1, config.r // 2) if r is None else r, config.alpha if alpha is None else alpha
     after = tuner.layout(name).inject(layer_idx, r, alpha)
-    counts = _operate(model, optimizer, name, after)
+    counts = operate(model, optimizer, name, after)
     return Change("inject", (layer_idx, layer_idx), f"LoRA of rank {r}, alpha {alpha:g}", after, counts)
 
 # %% ../../nbs/api/training/04_surgery.ipynb #1f4ae3bc
-def _operate(
+def operate(
     model: nn.Module,
     optimizer: Any,
     name: str,  # of the adapter
@@ -165,7 +186,7 @@ def _operate(
     _tell_wrappers(wrappers)
     return before, size(tuner, name)
 
-
+# %% ../../nbs/api/training/04_surgery.ipynb #7fab4db0
 def _tell_wrappers(wrappers: list[DistributedDataParallel]) -> None:
     "Let everything around a model learn of its new parameters."
     for wrapper in wrappers:

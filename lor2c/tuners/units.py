@@ -109,16 +109,17 @@ def _unfold(residual: LoR2CLayer, name: str, new: Tensor, down: set[nn.Parameter
     "Change a trained pair so that it does in the new units what it did in the old ones; a shared A once."
     read, write = new.to(residual.lor2c_units[name]) / residual.lor2c_units[name]
     A, B = (matrix.weight for matrix in residual.pair(name))
-    B.mul_(_like(1 / write[:, None], B))
+    B.mul_(like(1 / write[:, None], B))
     if A not in down:
-        A.mul_(_like(read, A))
+        A.mul_(like(read, A))
         down.add(A)
 
 
-def _like(factor: Tensor, p: Tensor) -> Tensor:
-    "A factor as large as a parameter, in the same parts if that is sharded."
-    factor = factor.to(p.dtype).expand(p.shape)
-    return distribute_tensor(factor.contiguous(), p.device_mesh, p.placements) if isinstance(p, DTensor) else factor
+# %% ../../nbs/api/tuners/08_units.ipynb #f3b7294b
+def like(value: Tensor, p: Tensor) -> Tensor:
+    "A value as large as a parameter, in the same parts if that is sharded over processes."
+    value = value.to(p.device, p.dtype).expand(p.shape)
+    return distribute_tensor(value.contiguous(), p.device_mesh, p.placements) if isinstance(p, DTensor) else value
 
 # %% ../../nbs/api/tuners/08_units.ipynb #7800177e
 @torch.compiler.disable

@@ -62,7 +62,7 @@ def succeeded(process: psutil.Popen) -> subprocess.CompletedProcess:
 
 # Training under DistributedDataParallel and FSDP 2
 
-QUICK = ["trainer", "shared", "in units", "accelerate", "sharded", "sharded, in units"]
+QUICK = ["trainer", "shared", "in units", "fitted", "accelerate", "sharded", "sharded, in units"]
 SLOW = ["accumulated", "sharded, checkpointed", "sharded, accumulated"]
 ALONE = ["retrained", "forgotten", "refused", "wrapped"]  # nothing to compare with in one process
 

@@ -17,6 +17,8 @@ VARIANTS = {
     "best": {"best": True},
     "share": {"share": True},
     "stream": {"units": "stream"},
+    "fitted": {"units": "stream", "moves": {"keep": "fitted"}},
+    "shrunk": {"moves": {"budget": 0.5}},
     "restored by Trainer": {"restore": True},
 }
 # Moves are at the ends of steps 3 (a merge, an injection) and 6 (the same), of 24.
@@ -81,7 +83,8 @@ def test_the_runs_change_their_structure(ended):
     for name in VARIANTS:
         assert codes[name] == [0], codes["stderr"][-3000:]
         moves = [(e["step"], e["move"]["kind"]) for e in read(out, f"{name}.first")["history"] if e["move"]]
-        assert moves == [(3, "merge"), (3, "inject"), (6, "merge"), (6, "inject")]
+        four = [(3, "merge"), (3, "inject"), (6, "merge"), (6, "inject")]
+        assert moves == ([(12, "shrink")] if name == "shrunk" else four)
 
 
 def test_an_unfinished_checkpoint_is_passed_over(ended):

@@ -57,10 +57,14 @@ def test_the_first_batch_measures_and_changes_nothing(stack):
 @pytest.mark.parametrize("stack", STACKS)
 def test_units_are_those_of_the_equation(stack):
     """Root mean squares over real tokens, written out from the hidden states."""
-    model, x = adapted(stack, torch.float64, std=0, units="stream", spans=[[0, 0], [1, 2], [3, 3]]), batch(stack, 3, torch.float64)
-    calls = {}
+    model = adapted(stack, torch.float64, std=0, units="stream", spans=[[0, 0], [1, 2], [3, 3]])
+    x, calls = batch(stack, 3, torch.float64), {}
     layers, _ = next(iter(residuals(model)))
-    hooks = [layer.register_forward_hook(lambda m, a, k, o, i=i: calls.update({i: ((a or [k["hidden_states"]])[0], o)}), with_kwargs=True) for i, layer in enumerate(layers)]  # fmt: skip
+
+    def keep(layer, args, kwargs, output):
+        calls[list(layers).index(layer)] = (args or [kwargs["hidden_states"]])[0], output
+
+    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
     lor2c.calibrate(model, [x])
     for hook in hooks:
         hook.remove()

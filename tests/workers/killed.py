@@ -83,7 +83,8 @@ def train(folder: Path, resume: bool, how: dict) -> dict:
     """One training of a six-layer Llama; what it ends with."""
     set_seed(0)
     base = T.LlamaForCausalLM(T.LlamaConfig(**{**DECODER, "num_hidden_layers": 6}))
-    config = lor2c.LoR2CConfig(r=4, alpha=8, dropout=0.1, task_type="CAUSAL_LM", **{name: how[name] for name in ("share", "units") if name in how})
+    own = {name: how[name] for name in ("share", "units") if name in how}
+    config = lor2c.LoR2CConfig(r=4, alpha=8, dropout=0.1, task_type="CAUSAL_LM", **own)
     model = get_peft_model(base, config)
     accumulation, best = how.get("accumulation", 1), how.get("best", False)
     args = TrainingArguments(
@@ -95,7 +96,7 @@ def train(folder: Path, resume: bool, how: dict) -> dict:
         gradient_checkpointing=how.get("checkpointing", False),
         restore_callback_states_from_checkpoint=how.get("restore", False),
     )  # fmt: skip
-    change, callbacks = IMCallback(**LIMITS), []
+    change, callbacks = IMCallback(**{**LIMITS, **how.get("moves", {})}), []
     if kill := None if resume else how.get("kill"):
         callbacks = [KillAt(kill["step"], kill["event"])] if "step" in kill else []
         if "file" in kill:

@@ -115,9 +115,9 @@ def arguments(accumulation: int = 1) -> TrainingArguments:
     )  # fmt: skip
 
 
-def with_trainer(accumulation: int = 1, no_rebuild: bool = False, **config) -> dict:
+def with_trainer(accumulation: int = 1, no_rebuild: bool = False, moves: dict | None = None, **config) -> dict:
     """A plain Trainer; the callback is all that knows of the structure."""
-    peft_model, changer = model(**config), IMCallback(max_merges=1, max_injections=2)
+    peft_model, changer = model(**config), IMCallback(**{"max_merges": 1, "max_injections": 2, **(moves or {})})
     watch, original = Watch(changer), surgery.rebuild
     if no_rebuild:
         surgery.rebuild = lambda wrapper: None
@@ -320,6 +320,7 @@ RUNS = {
     "shared": lambda: with_trainer(share=True),
     "in units": lambda: with_trainer(units="stream"),
     "sharded, in units": lambda: sharded(units="stream"),
+    "fitted": lambda: with_trainer(units="stream", moves={"keep": "fitted"}),
     "forgotten": lambda: with_trainer(no_rebuild=True),
     "accelerate": with_accelerate,
     "sharded": sharded,
