@@ -7,6 +7,7 @@ import accelerate
 import pytest
 import torch
 import transformers as T
+from datasets import Dataset
 from peft import (
     PeftModel,
     get_peft_model,
@@ -16,7 +17,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
-from tiny import BUILD, ENCODER, adapted, batch, build, words_and_rows
+from tiny import BUILD, DECODER, ENCODER, adapted, batch, build, words_and_rows
 from torch.func import functional_call, grad
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM, pipeline
@@ -139,6 +140,44 @@ def test_trls_reference_is_the_trained_adapter(kind, tmp_path):
     assert all(torch.equal(trainer.model.get_parameter(n), p) for n, p in reference.items())
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["SFT", "Reward", "KTO"])
+@pytest.mark.parametrize("method", ["LoR2C", "ResLoRA"])
+def test_trl_makes_the_adapter_itself(method, name, tmp_path):
+    """`peft_config=` in place of a model with an adapter: the adapter is trained, the base is not, and both come back."""
+    trl = pytest.importorskip("trl")
+    tokenizer, rows = words_and_rows()
+    text = rows["text"]
+    columns = dict(
+        SFT=dict(text=text),
+        Reward=dict(prompt=["w1"] * 16, chosen=text, rejected=text[::-1]),
+        KTO=dict(prompt=["w1"] * 16, completion=text, label=[True, False] * 8),
+    )[name]
+    args = getattr(trl, f"{name}Config")(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        max_length=24,
+        learning_rate=1e-2,
+    )
+    kind = dict(task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM", dropout=0.0)
+    targets = dict(target_modules=["q_proj", "v_proj"], modules_to_save=["score"] if name == "Reward" else None)
+    config = lor2c.LoR2CConfig(r=2, **kind) if method == "LoR2C" else lor2c.ResLoRAConfig(r=2, **kind, **targets)
+    base = build("Llama")
+    if name == "Reward":
+        base = T.LlamaForSequenceClassification(T.LlamaConfig(**DECODER, num_labels=1)).eval()
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=base, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns), peft_config=config
+    )
+    trainer.train()
+    moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad and "_B" in n and p.any()]
+    assert len(moved) >= 4 and trainer.model.peft_config["default"] is config
+    plain = trainer.model.unload() if name != "Reward" else None
+    assert plain is None or all(torch.equal(p, before[n]) for n, p in plain.named_parameters())
 
 
 # PEFT's heads
