@@ -12,6 +12,8 @@ from statistics import median, quantiles
 
 import pytest
 from conftest import MORE, ROOT, copy_repository, notebooks, run
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 PACKAGE = ROOT / "lor2c"
 # The package of a floor says nothing by itself.
@@ -435,3 +437,17 @@ def test_help_of_the_command_line(read: list[str]) -> None:
     assert read[2].count("usage: lor2c ") == 9
     assert [line for line in read[2].splitlines() if len(line) > 80 or re.search(r"\w-$", line)] == []
     assert read[3].strip() == ""
+
+
+def test_stated_versions_are_those_of_the_pins_and_ranges():
+    """The first row of the page's table is what constraints.txt pins, the second the lower bounds of settings.ini."""
+    page = (ROOT / "nbs/api/tuners/00_compat.ipynb").read_text()
+    names = ("torch", "transformers", "peft", "accelerate")
+    rows = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page)
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.M))
+    ranges = re.search(r"^requirements = (.*)$", (ROOT / "settings.ini").read_text(), re.M)[1].split()
+    bounds = {r.name: r.specifier for r in map(Requirement, ranges)}
+    assert len(rows) == 2 and rows[0] == tuple(pins[name] for name in names)
+    lowest = {name: next(s.version for s in bounds[name] if s.operator == ">=") for name in names}
+    assert [Version(v) for v in rows[1]] == [Version(lowest[name]) for name in names]
+    assert all(pins[name] in bounds[name] for name in names) and "5.24.0" not in bounds["transformers"]

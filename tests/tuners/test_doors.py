@@ -1,10 +1,13 @@
 """Every door into an adapter gives the same model: PEFT's heads, transformers' loaders, TRL's reference."""
 
 import copy
+import itertools
 
+import accelerate
 import pytest
 import torch
 import transformers as T
+from datasets import Dataset
 from peft import (
     PeftModel,
     get_peft_model,
@@ -13,7 +16,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import ENCODER, adapted, batch, build, words_and_rows
+from safetensors.torch import save_file
+from tiny import BUILD, DECODER, ENCODER, adapted, batch, build, words_and_rows
+from torch.func import functional_call, grad
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM, pipeline
 
 import lor2c
@@ -136,6 +142,44 @@ def test_trls_reference_is_the_trained_adapter(kind, tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["SFT", "Reward", "KTO"])
+@pytest.mark.parametrize("method", ["LoR2C", "ResLoRA"])
+def test_trl_makes_the_adapter_itself(method, name, tmp_path):
+    """`peft_config=` in place of a model with an adapter: the adapter is trained, the base is not, and both come back."""
+    trl = pytest.importorskip("trl")
+    tokenizer, rows = words_and_rows()
+    text = rows["text"]
+    columns = dict(
+        SFT=dict(text=text),
+        Reward=dict(prompt=["w1"] * 16, chosen=text, rejected=text[::-1]),
+        KTO=dict(prompt=["w1"] * 16, completion=text, label=[True, False] * 8),
+    )[name]
+    args = getattr(trl, f"{name}Config")(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        report_to=[],
+        use_cpu=True,
+        max_length=24,
+        learning_rate=1e-2,
+    )
+    kind = dict(task_type="SEQ_CLS" if name == "Reward" else "CAUSAL_LM", dropout=0.0)
+    targets = dict(target_modules=["q_proj", "v_proj"], modules_to_save=["score"] if name == "Reward" else None)
+    config = lor2c.LoR2CConfig(r=2, **kind) if method == "LoR2C" else lor2c.ResLoRAConfig(r=2, **kind, **targets)
+    base = build("Llama")
+    if name == "Reward":
+        base = T.LlamaForSequenceClassification(T.LlamaConfig(**DECODER, num_labels=1)).eval()
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=base, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns), peft_config=config
+    )
+    trainer.train()
+    moved = [n for n, p in trainer.model.named_parameters() if p.requires_grad and "_B" in n and p.any()]
+    assert len(moved) >= 4 and trainer.model.peft_config["default"] is config
+    plain = trainer.model.unload() if name != "Reward" else None
+    assert plain is None or all(torch.equal(p, before[n]) for n, p in plain.named_parameters())
+
+
 # PEFT's heads
 
 
@@ -227,3 +271,100 @@ def test_every_stage_of_a_swin(stage, tmp_path):
     want = model(pixels).logits
     assert not torch.allclose(want, base(pixels).logits)
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path).eval()(pixels).logits, want)
+
+
+# accelerate
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+@each_kind
+def test_offloaded(kind, where, tmp_path):
+    """Weights are elsewhere until a module is called, those of the adapter as well."""
+    model, stack = trained(kind), stack_of(kind)
+    want = logits(model, stack)
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.equal(logits(model, stack), want)
+
+
+@pytest.mark.parametrize("kind", ["residuals", "shared A", "injected", "ResLoRA"])
+def test_loaded_and_dispatched(kind, tmp_path):
+    """One file for base and adapter, half of the layers on disk."""
+    model = trained(kind)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with accelerate.init_empty_weights():
+        empty = get_peft_model(BUILD["Llama"](), model.peft_config["default"]).eval()
+    layers = {f"base_model.model.model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)}
+    rest = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = layers | {f"base_model.model.{name}": "cpu" for name in rest}
+    file, off = str(tmp_path / "model.safetensors"), str(tmp_path / "off")
+    again = accelerate.load_checkpoint_and_dispatch(empty, file, places, offload_folder=off)
+    assert {p.device.type for p in again.parameters()} == {"cpu", "meta"}
+    assert torch.equal(logits(again), logits(model))
+
+
+# torch
+
+
+@each_kind
+def test_torch_func(kind):
+    """Gradients by `torch.func`, and the base when its parameters are replaced by zeros."""
+    model, b = trained(kind), batch(stack_of(kind))
+    own = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    got = grad(lambda replaced: functional_call(model, replaced, (), b).loss)(own)
+    model(**b).loss.backward()
+    assert any(g.any() for g in got.values())
+    for name, g in got.items():
+        torch.testing.assert_close(g, model.get_parameter(name).grad)
+    nothing = {name: torch.zeros_like(p) for name, p in own.items()}
+    torch.testing.assert_close(functional_call(model, nothing, (), b).logits, build(stack_of(kind))(**b).logits)
+
+
+@each_kind
+def test_averaged_model(kind):
+    model = trained(kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    average = AveragedModel(model)
+    average.update_parameters(model)
+    for p in model.parameters():
+        p.data += p.requires_grad
+    average.update_parameters(model)
+    for name, p in average.module.named_parameters():
+        torch.testing.assert_close(p, before[name] + 0.5 * p.requires_grad)
+    half = logits(average.module, stack_of(kind))
+    model.load_state_dict(average.module.state_dict())
+    assert torch.equal(logits(model, stack_of(kind)), half)
+
+
+def test_compiled_through_moves_and_switches():
+    """A compiled model follows each change of structure, and each switch, as the model itself does."""
+    model, b = trained("shared A"), batch("Llama")
+    compiled = torch.compile(model, backend="eager")
+    other = copy.deepcopy(model.peft_config["default"])
+
+    def move():
+        merge_modules(model, 0, 1)
+        inject_lora(model, 3)
+
+    def add():
+        model.add_adapter("other", other)
+        model.set_adapter("other")
+        for name, p in model.named_parameters():
+            if ".other." in name:
+                torch.nn.init.normal_(p)
+
+    def back():
+        model.delete_adapter("other")
+        model.set_adapter("default")
+
+    seen = [compiled(**b).logits]
+    for step in (move, add, back, model.base_model.disable_adapter_layers):
+        step()
+        seen.append(compiled(**b).logits)
+        torch.testing.assert_close(seen[-1], model.eval()(**b).logits)
+    torch.testing.assert_close(seen[3], seen[1])
+    torch.testing.assert_close(seen[4], build("Llama")(**b).logits)
+    assert not any(torch.allclose(a, c) for a, c in itertools.pairwise(seen))
