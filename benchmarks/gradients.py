@@ -106,7 +106,7 @@ def stream_gradients(model: nn.Module, rows: dict[str, Tensor]) -> dict[str, Ten
     model.train(training)
     found = {"stream": [g.norm() for g in grads], "through_layer": [], "through_residual": []}
     for _, one in residuals(model):
-        A, B = one.lor2c_A["default"].detach(), one.lor2c_B["default"].detach()
+        A, B = one.lor2c_A["default"].weight.detach(), one.lor2c_B["default"].weight.detach()
         direct = one.scaling["default"] * grads[one.end + 1] @ B @ A
         found["through_layer"].append((grads[one.end] - direct).norm())
         found["through_residual"].append(direct.norm())

@@ -45,6 +45,17 @@ def copy_repository(to: Path) -> Path:
     return shutil.copytree(ROOT, to, symlinks=True, ignore=NOT_OURS)
 
 
+def refused(capsys, *arguments: str | Path) -> str:
+    """The one line that a wrong input gets, with exit code 2."""
+    from lor2c.cli.main import main
+
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("lor2c: error: ") and err.count("\n") == 1, err
+    return err
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A copy that a test may change."""

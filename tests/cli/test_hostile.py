@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_main import RUN, refused
+from conftest import refused
+from test_main import RUN
 
 from lor2c.data.base import demo_model, load
 from lor2c.runs.job import prepare

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import refused
 from datasets import Value
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -165,15 +166,6 @@ def test_a_run_of_before_a_setting_was_there_is_read(tmp_path, glue_data, undist
     (folder / "run.json").write_text('{"task": "sst')
     with pytest.raises(ValueError, match="run.json is damaged"):
         prepare(run, folder, resume=True)
-
-
-def refused(capsys, *arguments: str | Path) -> str:
-    """The one line that a wrong input gets, with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        main([*map(str, arguments)])
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.startswith("lor2c: error: ") and err.count("\n") == 1, err
-    return err
 
 
 @pytest.mark.parametrize(

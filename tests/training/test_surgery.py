@@ -88,7 +88,7 @@ def test_optimizer_after_a_merge(keep):
     train(model, optimizer, b, 3, schedule)
     layers = model.base_model.model.model.layers
     host = layers[1 if keep == "first" else 2].lor2c
-    kept = [host.lor2c_A["default"], host.lor2c_B["default"]]
+    kept = [host.lor2c_A["default"].weight, host.lor2c_B["default"].weight]
     moments = [copy.deepcopy(optimizer.state[p]) for p in kept]
     rates = [group["lr"] for group in optimizer.param_groups]
 
@@ -96,7 +96,7 @@ def test_optimizer_after_a_merge(keep):
     assert change.layout.spans == ((0, 0), (1, 2), (3, 3)) and change.kept.startswith(keep)
     assert change.parameters == (4 * 2 * 16 * 4, 3 * 2 * 16 * 4)  # 2 d r fewer
     now = layers[2].lor2c
-    assert [now.lor2c_A["default"], now.lor2c_B["default"]] == kept  # the very same parameters
+    assert [now.lor2c_A["default"].weight, now.lor2c_B["default"].weight] == kept  # the very same parameters
     for p, before in zip(kept, moments, strict=True):
         assert all(torch.equal(optimizer.state[p][key], before[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
     check_optimizer(model, optimizer)
@@ -190,14 +190,15 @@ def test_what_is_frozen_stays_frozen():
     """A residual that its user has frozen freezes no other, and stays so through a merge; another adapter's LoRA too."""
     model = adapted("Llama", std=0, spans=ONE_LAYER, r=4)
     first = model.base_model.model.model.layers[0].lor2c
+    kept = first.lor2c_A["default"].weight
     for p in first.parameters():
         p.requires_grad_(False)
     inject_lora(model, 3)
     assert all(p.requires_grad for name, p in model.named_parameters() if "lora_" in name)
     merge_modules(model, 0, 1, keep="first")
     pair = model.base_model.model.model.layers[1].lor2c
-    assert pair.lor2c_A["default"] is first.lor2c_A.get("default", pair.lor2c_A["default"])
-    assert not pair.lor2c_A["default"].requires_grad and not pair.lor2c_B["default"].requires_grad
+    assert pair.lor2c_A["default"].weight is kept
+    assert not pair.lor2c_A["default"].weight.requires_grad and not pair.lor2c_B["default"].weight.requires_grad
     for name, p in model.named_parameters():
         if "lora_" in name:
             p.requires_grad_(False)
@@ -251,11 +252,11 @@ def test_a_merge_keeps_the_pair_with_more_information():
     scores = scores_of(model)
     richer = max((1, 2), key=scores.__getitem__)
     layers = model.base_model.model.model.layers
-    want = layers[richer].lor2c.lor2c_A["default"], layers[richer].lor2c.lor2c_B["default"]
+    want = layers[richer].lor2c.lor2c_A["default"].weight, layers[richer].lor2c.lor2c_B["default"].weight
     change = merge_modules(model, 1, 2)
     module = layers[2].lor2c
     assert change.kept.split()[0] == ("first" if richer == 1 else "second")
-    assert (module.lor2c_A["default"], module.lor2c_B["default"]) == want and module.start == {"default": 1}
+    assert (module.lor2c_A["default"].weight, module.lor2c_B["default"].weight) == want and module.start == {"default": 1}
     assert sorted(scores_of(model)) == [0, 1, 3] and scores_of(model)[1] == pytest.approx(scores[richer])
     states = model(**b, output_hidden_states=True).hidden_states
     with torch.no_grad(), model.disable_adapter():
@@ -366,7 +367,7 @@ def test_moves_on_one_adapter_leave_another_alone():
     model.set_adapter("other")
     for module in model.modules():
         if isinstance(module, LoR2CLayer) and "other" in module.lor2c_B:
-            torch.nn.init.normal_(module.lor2c_B["other"])
+            torch.nn.init.normal_(module.lor2c_B["other"].weight)
     want = model(**b).logits
     model.set_adapter("default")
     merge_modules(model, 2, 3)

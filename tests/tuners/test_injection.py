@@ -107,7 +107,7 @@ def test_zero_up_projection_changes_nothing(stack):
     learned = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert learned == {n for n, p in model.named_parameters() if p.requires_grad}
     body = [n for n in learned if "modules_to_save" not in n]
-    assert len(body) == (6 if stack == "GPT-2" else 8) and all(".lora_" in n for n in body)
+    assert len(body) == (6 if stack == "GPT-2" else 8) and all(".lor2c_lora_" in n for n in body)
 
 
 def test_unknown_layer_names_its_linear_modules():

@@ -14,7 +14,7 @@ import lor2c
 from lor2c.maths.layout import Layout
 from lor2c.training.surgery import inject_lora, merge_modules
 from lor2c.tuners.injection import injected
-from lor2c.tuners.residual import residuals
+from lor2c.tuners.residual import pairs_of, residuals
 from lor2c.tuners.share import shared_A
 
 D, R = 16, 4  # of the models of `tiny`, and of the adapters here
@@ -28,7 +28,7 @@ def shared(stack="Llama", dtype=torch.float32, **settings):
 
 
 def downs(model, name="default"):
-    return [module.lor2c_A[name] for _, module in residuals(model) if name in module.lor2c_A]
+    return [A for A, _ in pairs_of(model, name).values()]
 
 
 def trained(model):
@@ -78,14 +78,16 @@ def test_one_parameter_and_a_no_op_at_zero(stack):
 def test_gradient_is_the_sum_over_the_residuals(stack):
     """Against four copies of A that are parameters of their own."""
     one, apart = shared(stack, torch.float64), shared(stack, torch.float64, share=False)
-    apart.load_state_dict(one.state_dict())
+    for (_, own), (_, source) in zip(residuals(apart), residuals(one), strict=True):
+        for matrix, other in zip(own.pair("default"), source.pair("default"), strict=True):
+            matrix.load_state_dict(other.state_dict())
     assert len({id(A) for A in downs(apart)}) == 4
     for model in (one.double(), apart.double()):
         model(**batch(stack, dtype=torch.float64)).loss.backward()
     parts = torch.stack([A.grad for A in downs(apart)])
     assert all(part.any() for part in parts)
     torch.testing.assert_close(shared_A(one, "default").grad, parts.sum(0), rtol=1e-9, atol=1e-12)
-    own = [[m.lor2c_B["default"].grad for _, m in residuals(model)] for model in (one, apart)]
+    own = [[B.grad for _, B in pairs_of(model, "default").values()] for model in (one, apart)]
     torch.testing.assert_close(*own, rtol=1e-9, atol=1e-12)
 
 
@@ -159,7 +161,7 @@ def test_casts_keep_it(dtype):
 
 @each_stack
 def test_bf16_base_has_one_float32(stack):
-    """PEFT casts each residual's parameters by itself; `tie` makes them one again."""
+    """PEFT casts what it finds among the modules, where A is once."""
     model = shared(stack, torch.bfloat16)
     assert one_tensor(model, 4) and shared_A(model, "default").dtype == torch.float32
     assert trained(model) == 5 * D * R
@@ -192,7 +194,7 @@ def test_the_file_has_it_once(tmp_path):
     for share in (True, False):
         shared(share=share, r=64).save_pretrained(tmp_path / str(share))
         file = tmp_path / str(share) / "adapter_model.safetensors"
-        sizes[share] = file.stat().st_size, [key.rpartition("_")[2] for key in load_file(file) if "span" not in key]
+        sizes[share] = file.stat().st_size, [key[-8] for key in load_file(file) if "span" not in key]
     assert sorted(sizes[True][1]) == ["A", "B", "B", "B", "B"] and sorted(sizes[False][1]) == [*"AAAABBBB"]
     saved = sizes[False][0] - sizes[True][0]
     assert 0 <= saved - 3 * 64 * D * 4 < 3 * 256  # three A in float32, and their names in the header
