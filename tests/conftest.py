@@ -99,6 +99,8 @@ MORE = (
     "tests/cli/test_main.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/cli/test_main.py::test_no_network_and_no_cache",
     "tests/cli/test_hostile.py::test_a_hub_that_does_not_answer_is_given_up_soon",
+    "tests/cli/test_command_lines.py::test_many",
+    "tests/disk/test_fuzz.py",
     "tests/experiments/test_pool.py",
     "tests/experiments/test_sweep.py",
     "tests/runs/test_methods.py",

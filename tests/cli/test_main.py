@@ -26,7 +26,7 @@ from lor2c.cli.main import main
 from lor2c.data.base import demo_model, load_classifier
 from lor2c.data.demo import load_demo
 from lor2c.data.glue import GLUE
-from lor2c.disk.checkpoints import _is_complete, last_complete_checkpoint
+from lor2c.disk.checkpoints import defect, last_complete_checkpoint
 from lor2c.disk.files import write_json
 from lor2c.runs.build import build_model
 from lor2c.runs.job import prepare
@@ -105,8 +105,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(capsys, glue_data, undisturbe
 
 def test_only_complete_checkpoints_are_taken(tmp_path):
     """A checkpoint cut off at any point of its writing is passed over for the one before."""
-    from test_contract import adapted
-    from tiny import batch
+    from tiny import adapted, batch
     from transformers import Trainer, TrainingArguments
 
     rows = [{k: v[0] for k, v in batch("BERT").items()}] * 4
@@ -115,7 +114,7 @@ def test_only_complete_checkpoints_are_taken(tmp_path):
     )
     Trainer(adapted("BERT"), args, train_dataset=rows).train()
     first, second = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
-    assert last_complete_checkpoint(tmp_path) == second and _is_complete(first)
+    assert last_complete_checkpoint(tmp_path) == second and not defect(first)
     needed = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
     for name in needed:
         shutil.copytree(second, tmp_path / "kept")
@@ -134,8 +133,7 @@ def test_only_complete_checkpoints_are_taken(tmp_path):
 
 def test_checkpoints_of_a_named_adapter_count(tmp_path):
     """PEFT puts an adapter with a name of its own one folder down."""
-    from test_contract import adapted
-    from tiny import batch
+    from tiny import adapted, batch
     from transformers import Trainer, TrainingArguments
 
     model = adapted("BERT")
