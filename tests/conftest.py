@@ -45,6 +45,17 @@ def copy_repository(to: Path) -> Path:
     return shutil.copytree(ROOT, to, symlinks=True, ignore=NOT_OURS)
 
 
+def refused(capsys, *arguments: str | Path) -> str:
+    """The one line that a wrong input gets, with exit code 2."""
+    from lor2c.cli.main import main
+
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("lor2c: error: ") and err.count("\n") == 1, err
+    return err
+
+
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """A copy that a test may change."""
@@ -89,6 +100,12 @@ MORE = (
     "tests/cli/test_main.py::test_demo_passes_limits_to_the_methods_that_have_them",
     "tests/cli/test_main.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/cli/test_main.py::test_no_network_and_no_cache",
+    "tests/cli/test_hostile.py::test_a_disk_that_takes_no_more",
+    "tests/cli/test_hostile.py::test_a_hub_that_does_not_answer_is_given_up_soon",
+    "tests/cli/test_command_lines.py::test_many",
+    *(f"tests/disk/test_checkpoints.py::test_a_{name}" for name in ("run", "damaged", "moved")),
+    "tests/disk/test_checkpoints.py::test_left_over",
+    "tests/disk/test_fuzz.py",
     "tests/experiments/test_pool.py",
     "tests/experiments/test_sweep.py",
     "tests/runs/test_methods.py",

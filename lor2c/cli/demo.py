@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from .endings import stop
 from .flags import SETTINGS, add_limits, add_machine, add_rm, add_structure
 from .train import draw_structure, prepare_or_exit, trained_or_exit
+from ..data.base import load_classifier
 from ..data.demo import DEMO
 from ..experiments.contenders import check_used, fitting
 from ..plots.runs import plot_runs, save_picture
+from ..runs.folder import as_folder
 from ..runs.job import Finished
 from ..runs.methods import HAVE, METHODS
 
@@ -52,7 +53,6 @@ MACHINE = ("device", "precision", "report_to")
 # %% ../../nbs/api/cli/03_demo.ipynb #cfb80155
 def run_demo(args: argparse.Namespace) -> None:
     "Train the methods one after the other; table, picture, and an adapter loaded back."
-    folder = Path(args.output_dir)
     changes = {
         "max_train_samples": args.train_size,
         **{name: getattr(args, name) for name in ("epochs", "seed", *MACHINE)},
@@ -60,6 +60,7 @@ def run_demo(args: argparse.Namespace) -> None:
     methods = dict.fromkeys(name.strip() for name in args.methods.split(","))
     given = {name: getattr(args, name) for name in HAVE if getattr(args, name, None) is not None}
     try:
+        folder = as_folder(args.output_dir)
         check_used(given, list(methods))
     except ValueError as error:
         stop(error)
@@ -116,9 +117,9 @@ def _classify(
 ) -> list[tuple[str, float]]:  # label and its probability
     "What the demo's adapter says of some texts."
     name = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=DEMO.num_labels)
+    base, tokenizer, _ = load_classifier(name, DEMO.labels)
     model = PeftModel.from_pretrained(base, folder).eval()
-    batch = AutoTokenizer.from_pretrained(name)(list(texts), padding=True, return_tensors="pt").to(model.device)
+    batch = tokenizer(list(texts), padding=True, return_tensors="pt").to(model.device)
     with torch.no_grad():
         top = model(**batch).logits.softmax(-1).max(-1)
     return [(DEMO.labels[i], p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

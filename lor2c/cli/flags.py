@@ -76,7 +76,15 @@ def add_settings(parser: argparse.ArgumentParser, defaults: dict[str, str], sche
     parser.add_argument("--units", help="residuals read and write the stream as in the paper, or in units of the stream (paper)")
     parser.add_argument("--targets", help=f"where LoRA goes: {', '.join(TARGETS)} (q and v)")
     parser.add_argument("--share", action="store_true", default=None, help="one A for all residuals, as in sharelor2c")
+    _add_trust(parser)
     add_machine(parser)
+
+
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    "Whether a base model may bring code."
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run code that the base model's folder brings"
+    )
 
 
 def add_limits(parser: argparse.ArgumentParser, default: str) -> None:
@@ -144,8 +152,15 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="an adapter's folder, or that of a run")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="base model, where it is not where the adapter says")
     parser.add_argument("--quantize", help=f"pack the base's weights: {', '.join(QUANTIZE)}")
+    _add_trust(parser)
     parser.add_argument("--precision", default="fp32", help=f"of the weights: {', '.join(DTYPES)} (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
+
+
+def tuned_of(args: argparse.Namespace) -> dict[str, Any]:
+    "The same as arguments of `load_tuned`."
+    names = ("model", "precision", "quantize", "device", "trust_remote_code")
+    return {"folder": args.adapter_dir, **{name: getattr(args, name) for name in names}}
 
 # %% ../../nbs/api/cli/00_flags.ipynb #49f2ab98
 def changes_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from .endings import stop
-from .flags import add_tuned
+from .flags import add_tuned, tuned_of
 from ..disk.files import write_json
 from ..inference.evaluate import BENCHMARKS, check_tasks, evaluate, markdown
 from ..inference.generate import check_how, generate, load_tuned, stream, template_of
@@ -41,9 +41,9 @@ def run_generate(args: argparse.Namespace) -> None:
     "Print an answer as it comes, or the answers to several prompts."
     how = {name: getattr(args, name) for name in ("input", "max_new_tokens", "temperature", "top_p", "seed")}
     try:
-        check_how(args.max_new_tokens, args.temperature, args.top_p)
+        check_how(args.max_new_tokens, args.temperature, args.top_p, args.seed)
         template = args.template or template_of(args.adapter_dir)
-        model, tokenizer = load_tuned(args.adapter_dir, args.model, args.precision, args.quantize, args.device)
+        model, tokenizer = load_tuned(**tuned_of(args))
         if len(args.prompt) == 1:
             stream(model, tokenizer, args.prompt[0], template=template, **how)
             return
@@ -85,7 +85,7 @@ def run_eval(args: argparse.Namespace) -> None:
         check_tasks(tasks, args.data_dir, args.limit, args.run_code, args.template)
         if output and (output.is_dir() or not output.absolute().parent.is_dir()):
             raise ValueError(f"{output} must be a file, in a folder that is there")
-        model, tokenizer = load_tuned(args.adapter_dir, args.model, args.precision, args.quantize, args.device)
+        model, tokenizer = load_tuned(**tuned_of(args))
         if args.base and not isinstance(model, PeftModel):
             raise ValueError(
                 f"{args.adapter_dir} holds a whole model, which has no adapter to switch off: leave --base out"

@@ -22,9 +22,9 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     "Print what an adapter folder holds."
     folder = Path(args.adapter_dir)
-    if not (folder / "adapter_config.json").exists() and (folder / "adapter").is_dir():
-        folder /= "adapter"  # a run's folder
     try:
+        if not (folder / "adapter_config.json").exists() and (folder / "adapter").is_dir():
+            folder /= "adapter"  # a run's folder
         print(describe(folder))
     except (ValueError, OSError) as error:
         stop(error)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from importlib import import_module
 
-from .endings import quieten
+from .endings import quieten, stop
 
 # %% ../../nbs/api/cli/07_main.ipynb #80a6964d
 COMMANDS = {  # name: its module, what it does
@@ -68,6 +68,8 @@ def main(
     except BrokenPipeError:  # whoever read the output has gone away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as error:
+        stop(error, code=1)
     except KeyboardInterrupt:
         again = dict.fromkeys(("demo", "compare", "sweep"), "; the same command goes on")
         again |= dict.fromkeys(("glue", "alpaca"), "; the same command with --resume goes on")

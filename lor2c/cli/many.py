@@ -105,7 +105,7 @@ def _run_many(ready: Callable[[], Comparison], jobs: int, last: Callable[[Compar
     print(f"{len(comparison.runs)} runs; what happens in each is in its log.txt under {comparison.folder}", flush=True)
     try:
         carry_out_comparison(comparison, jobs)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         stop(error, code=1)
     finally:
         if comparison.records:

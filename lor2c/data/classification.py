@@ -111,7 +111,7 @@ class _RowTrainer(Trainer):
 
 # %% ../../nbs/api/data/02_classification.ipynb #a6ea447d
 def _load_model(task: Task, run: Asked) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
-    return load_classifier(run.model, task.labels)
+    return load_classifier(run.model, task.labels, run.trust_remote_code)
 
 
 def _load_data(task: Task, run: Asked, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, dict[str, list[int]]]:

@@ -8,11 +8,15 @@ __all__ = ['GLUE', 'load_glue']
 # %% ../../nbs/api/data/03_glue.ipynb #f496b5b5
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from huggingface_hub import snapshot_download
 
+from .base import first_line, no_dataset
 from .classification import CLASSIFICATION
 from .task import Recipe, Task
 
@@ -85,17 +89,33 @@ def _read_split(
 
 
 def _check_rows(data: Dataset, task: Task, file: Path) -> None:
-    "Raises ValueError for a missing column, or a label that the task does not have."
+    "Raises ValueError for a missing column, values of another kind or none, or a label that the task does not have."
     missing = [column for column in (*task.columns, "label") if column not in data.column_names]
     if missing:
         raise ValueError(
             f"{file} has no column {', '.join(missing)}: it has {', '.join(data.column_names)}, "
             f"and {task.name} needs {', '.join(task.columns)}, label"
         )
+    if not len(data):
+        raise ValueError(f"{file} has no rows")
+    for column, kind in {**dict.fromkeys(task.columns, "texts"), "label": "numbers"}.items():
+        values = data.data.column(column)
+        if (found := _kind_of(values.type)) != kind:
+            raise ValueError(f"{file} has {found} in column {column}: {task.name} needs {kind}")
+        if values.null_count or (kind == "numbers" and not np.isfinite(values.to_numpy()).all()):
+            raise ValueError(f"{file} has rows without a value in column {column}: take them out")
     unknown = set(data.unique("label")) - set(range(task.num_labels)) if task.labels else set()
     if unknown:
         allowed = ", ".join(f"{i} {label}" for i, label in enumerate(task.labels))
         raise ValueError(f"{file} has rows of label {', '.join(map(str, unknown))}: allowed are {allowed}")
+
+
+def _kind_of(kind: pa.DataType) -> str:
+    "texts, numbers, or the type's own name."
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return "texts"
+    return "numbers" if pa.types.is_integer(kind) or pa.types.is_floating(kind) else f"values of type {kind}"
 
 # %% ../../nbs/api/data/03_glue.ipynb #1e4a3bb4
 _hub = "nyu-mll/glue"
@@ -107,14 +127,16 @@ def _hub_folder(
 ) -> Path:  # holds at least the folder of that task
     "The hub's GLUE in the hub's cache, fetched if need be. Raises ConnectionError."
     patterns = [f"{name}/train*.parquet", f"{name}/validation*.parquet"]
+    why = no_dataset(_hub)
+    options: dict[str, Any] = dict(repo_type="dataset", allow_patterns=patterns, local_files_only=bool(why))
     try:
-        root = Path(snapshot_download(_hub, repo_type="dataset", allow_patterns=patterns))
+        root = Path(snapshot_download(_hub, **options))
         if not _split_files(root / name):
             raise FileNotFoundError("without a network, and only other tasks were fetched before")
     except Exception as error:  # noqa: BLE001, the hub client's errors are those of its HTTP library
         raise ConnectionError(
             f"GLUE's {name} is not in the hub's cache and cannot be fetched from {_hub} "
-            f"({str(error).partition(chr(10))[0] or type(error).__name__}): "
+            f"({why or first_line(error)}): "
             f"connect once, or give --data-dir DIR laid out as {_layout.format(name)}"
         ) from None
     return root

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .base import QUANTIZE, Precision, load_decoder
+from .base import QUANTIZE, Precision, first_line, load_decoder, no_dataset
 from .prompts import IGNORED, TEMPLATES, encode, held_out_loss, loss_and_tokens, make_prompt
 from .task import Asked, Kind, Recipe, Task, describe_left_out
 from ..maths.checks import one_of
@@ -53,10 +53,11 @@ _hub, _hub_file = "yahma/alpaca-cleaned", "alpaca_data_cleaned.json"
 
 def _from_hub() -> Path:
     "Alpaca-Cleaned in the hub's cache, fetched if need be. Raises ConnectionError."
+    why = no_dataset(_hub)
     try:
-        return Path(hf_hub_download(_hub, _hub_file, repo_type="dataset"))
+        return Path(hf_hub_download(_hub, _hub_file, repo_type="dataset", local_files_only=bool(why)))
     except Exception as error:  # noqa: BLE001, the hub client's errors are those of its HTTP library
-        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        cause = why or first_line(error)
         raise ConnectionError(
             f"Alpaca-Cleaned is not in the hub's cache and cannot be fetched from {_hub} ({cause}): connect "
             "once, or give --data-dir with a folder that holds train.parquet, train.json or train.jsonl, or a file"
@@ -73,7 +74,7 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
     try:
         text = file.read_text(encoding="utf-8-sig")
         rows = json.loads(text) if file.suffix == ".json" else list(_json_lines(text))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         hint = "; lines of JSON belong into a file .jsonl" * ("Extra data" in str(error))
         raise ValueError(f"{file} is damaged, or no UTF-8: {error}{hint}") from error
     if not (isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
@@ -216,7 +217,7 @@ def _load_model(task: Task, run: Asked) -> tuple[nn.Module, PreTrainedTokenizerB
     # Weights that are trained are kept in float32.
     precision: Precision = "fp32" if run.method == "full" else run.precision
     device = None if run.device == "auto" else run.device
-    return (*load_decoder(run.model, precision, run.quantize, device), [])
+    return (*load_decoder(run.model, precision, run.quantize, device, run.trust_remote_code), [])
 
 
 def _load_data(task: Task, run: Asked, tokenizer: PreTrainedTokenizerBase) -> tuple[DatasetDict, dict[str, list[int]]]:

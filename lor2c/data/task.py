@@ -62,6 +62,10 @@ class Asked(Protocol):
         "Device to load to."
 
     @property
+    def trust_remote_code(self) -> bool:
+        "Whether code that the base model's folder brings is run."
+
+    @property
     def data_dir(self) -> str | None:
         "Folder of the data, None for the hub."
 

@@ -6,41 +6,92 @@
 __all__ = ['last_complete_checkpoint']
 
 # %% ../../nbs/api/disk/01_checkpoints.ipynb #34049a81
-import json
+import hashlib
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from zipfile import is_zipfile
+from zipfile import ZipFile
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+
+from .files import read_json, write_json
+from .seal import check_weights
 
 # %% ../../nbs/api/disk/01_checkpoints.ipynb #8f338b34
 def last_complete_checkpoint(
     folder: str | Path,  # a Trainer's output_dir
 ) -> Path | None:
-    """The newest checkpoint in a Trainer's `output_dir` that was written to its end, to resume from; None where there is none.
+    """The newest whole checkpoint in a Trainer's `output_dir`, to resume from; None where there is none.
+
+    Warns of each newer one that is cut off or damaged. Raises ValueError if several processes would go on from a
+    checkpoint of one, which a Trainer would begin anew.
 
     >>> import tempfile
     >>> last_complete_checkpoint(tempfile.mkdtemp()) is None  # nothing was saved yet: train from the start
     True
     """
     checkpoints = [p for p in Path(folder).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-    newest_first = sorted(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    return next((p for p in newest_first if _is_complete(p)), None)
+    for checkpoint in sorted(checkpoints, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        if not (why := defect(checkpoint)):
+            return checkpoint
+        if os.environ.get("RANK", "0") == "0":
+            warnings.warn(f"{checkpoint.name} is passed over: {why}", stacklevel=2)
+    return None
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    "Whether a checkpoint has all that a Trainer goes on from, and its state and weights can be read."
+def _saved_by_one(checkpoint: Path, processes: int) -> None:
+    "Raises ValueError if a checkpoint of one process is to be gone on from by several."
+    if processes > 1 and (checkpoint / "rng_state.pth").is_file():
+        raise ValueError(f"{checkpoint} was written by one process, and {processes} were started: go on with one")
+
+# %% ../../nbs/api/disk/01_checkpoints.ipynb #5f829e62
+def defect(checkpoint: Path) -> str:
+    "Why a Trainer cannot go on from a checkpoint; empty if it is whole. Raises ValueError if it is of one process, for several."
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    _saved_by_one(checkpoint, processes)
+    try:
+        read_json(checkpoint / "trainer_state.json")
+        digests = read_json(file) if (file := checkpoint / _DIGESTS).is_file() else {}
+        changed = [name for name, digest in digests.items() if _digest_of(checkpoint / name) != digest]
+        return f"{changed[0]} is not as it was saved" if changed else next(_defects(checkpoint, processes, {*digests}), "")
+    except Exception as error:  # noqa: BLE001, whatever a damaged file makes of those that read it
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _defects(checkpoint: Path, processes: int, seen: set[str]) -> Iterator[str]:
+    "The defects of what a Trainer reads, but for sums of files that have been `seen` to be right."
     names = ("adapter_model.safetensors", "*/adapter_model.safetensors", "model*.safetensors")  # */: an adapter's name
     weights = [file for name in names for file in checkpoint.glob(name)]
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        for file in weights:
-            with safe_open(file, "pt"):
-                pass
-    except (OSError, ValueError, RuntimeError, SafetensorError):  # RuntimeError: a file that has just gone
-        return False
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # each writes the state of its own random numbers
+    if not weights:
+        yield "it has no weights"
+    for file in weights:
+        with safe_open(file, "pt"):
+            check_weights(file)
     numbers = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state*.pth"]
-    files = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]
-    files += [next(checkpoint.glob(name), checkpoint / name) for name in numbers]
-    return bool(weights) and all(is_zipfile(file) for file in files)
+    for name in ("optimizer.pt", "scheduler.pt", *numbers):
+        file = next(checkpoint.glob(name), checkpoint / name)
+        with ZipFile(file) as archive:
+            if file.name not in seen and (record := archive.testzip()):
+                yield f"{file.name} is damaged in {record}"
+
+
+_DIGESTS = "digests.json"
+
+
+def _digest_of(file: Path) -> str:
+    "The SHA-256 of a file."
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+# %% ../../nbs/api/disk/01_checkpoints.ipynb #695d26a2
+def write_digests(checkpoint: Path) -> None:
+    "Write down the digests of a checkpoint's files."
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and not file.name.startswith("rng_state_")]
+    names = {file.relative_to(checkpoint).as_posix(): file for file in files if file.name != _DIGESTS}
+    write_json(checkpoint / _DIGESTS, {name: _digest_of(file) for name, file in names.items()})
+
+
+def without_digests(checkpoint: Path) -> None:
+    "Take the digests away, before a file is changed on purpose."
+    (checkpoint / _DIGESTS).unlink(missing_ok=True)

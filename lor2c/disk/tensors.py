@@ -12,13 +12,18 @@ import re
 import torch
 from torch import Tensor
 
-from ..maths.layout import Injection
+from ..maths.checks import MOST_LAYERS
+from ..maths.layout import Injection, Layout
 
 # %% ../../nbs/api/disk/02_tensors.ipynb #a54c5fde
 def read_mark(content: Tensor) -> tuple[Injection, int]:
-    "The injection, and the depth of the stack it is in."
-    layer, depth, r, over, power = content.tolist()
-    return Injection(layer, r, math.ldexp(over, -power)), depth
+    "The injection, and the depth of the stack it is in. Raises ValueError where the numbers are none of a mark."
+    numbers = content.tolist()
+    try:
+        layer, depth, r, over, power = numbers
+        return Injection(layer, r, math.ldexp(over, -power)), depth
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"the checkpoint is damaged: {numbers} is no mark of injected LoRA") from None
 
 # %% ../../nbs/api/disk/02_tensors.ipynb #6d294a54
 _RESIDUAL = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.(?P<end>\d+)\.lor2c\.lor2c_(?P<part>[AB]|span)(?:\.weight)?")
@@ -69,6 +74,26 @@ def injections_by_module(state_dict: dict[str, Tensor]) -> dict[str, tuple[Injec
             if not any(f"{module}.{part}." in key for key in state_dict):
                 raise ValueError(f"the checkpoint is damaged: {part} of {module} is missing")
     return injections
+
+# %% ../../nbs/api/disk/02_tensors.ipynb #1c37bc6d
+def layout_told(
+    residuals: dict[tuple[str, int], dict[str, Tensor]],  # as from `tensors_by_layer`
+    injections: dict[str, tuple[Injection, int]],  # as from `injections_by_module`
+) -> Layout:
+    "The structure that an adapter's tensors tell. Raises ValueError where they contradict one another."
+    spans = {place: parts["span"].tolist() for place, parts in residuals.items()}
+    for (path, end), span in spans.items():
+        A, B = residuals[path, end]["A"], residuals[path, end]["B"]
+        if len(span) not in (3, 4) or span[1] != end or A.dim() != 2 or B.shape != A.shape[::-1]:
+            found = f"span {span}, A {tuple(A.shape)} and B {tuple(B.shape)}"
+            raise ValueError(f"the checkpoint is damaged: the residual of layer {path}.{end} has {found}")
+    depths = {span[2] for span in spans.values()} | {depth for _, depth in injections.values()}
+    if len(depths) != 1 or not 0 < min(depths) <= MOST_LAYERS:
+        raise ValueError(f"the checkpoint is damaged: its tensors are of a stack of {sorted(depths)} layers")
+    put = {injection for injection, _ in injections.values()}
+    # a fourth number says that the rank is this residual's own
+    own = tuple((span[0], len(residuals[place]["A"])) for place, span in spans.items() if len(span) == 4)
+    return Layout(min(depths), tuple((span[0], span[1]) for span in spans.values()), tuple(put), own)
 
 # %% ../../nbs/api/disk/02_tensors.ipynb #a2dd7c91
 def folded(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from .pool import check_alone, outcomes
 from .table import describe, markdown, rows_of, summary_of
 from ..maths.checks import check_whole
 from ..plots.runs import best_of, plot_comparison, save_picture
-from ..runs.folder import claim
+from ..runs.folder import as_folder, claim
 from ..runs.job import prepare
 from ..runs.settings import Run
 
@@ -65,7 +65,7 @@ def prepare_comparison(
     check_alone()
     for name, values in (("tasks", tasks), ("methods", contenders), ("seeds", seeds)):
         check_list(name, values)
-    comparison = Comparison(Path(output_dir), {name: value for name, value in changes.items() if value is not None})
+    comparison = Comparison(as_folder(output_dir), {name: value for name, value in changes.items() if value is not None})
     if (comparison.folder / "run.json").exists():
         raise ValueError(f"{comparison.folder} holds a run, not a comparison: name another --output-dir")
     check_used(comparison.settings, [read_contender(text)[0] for text in contenders])

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel
 
-from ..data.base import find_model
+from ..data.base import find_model, load
 from .compare import Comparison, carry_out_comparison, check_list, prepare_comparison
 from .contenders import contender_run
 from ..maths.checks import check_whole
 from ..maths.layout import layers_needed
 from ..plots.grid import plot_grid
-from ..runs.folder import claim
+from ..runs.folder import as_folder, claim
 from ..runs.settings import Run
 from ..tuners.stack import find_layers
 
@@ -53,11 +53,11 @@ def _left_out(merges: Sequence[int], injections: Sequence[int], layers: int) -> 
     return f"{need} more than the model's {layers} layers (merges + 1 + injections): {shown}" if out else ""
 
 # %% ../../nbs/api/experiments/04_sweep.ipynb #ecca206b
-def _depth_of(model: str) -> int:
+def _depth_of(model: str, trust: bool = False) -> int:
     "How many layers a model has. OSError if it cannot be had, ValueError if there is no one stack."
-    config = AutoConfig.from_pretrained(find_model(model))
+    config = load(AutoConfig, find_model(model), trust)
     with torch.device("meta"):
-        return len(find_layers(AutoModel.from_config(config))[1])
+        return len(find_layers(AutoModel.from_config(config, trust_remote_code=trust))[1])
 
 # %% ../../nbs/api/experiments/04_sweep.ipynb #d5e74b05
 def _check_folder(folder: Path, run: Run) -> None:
@@ -82,11 +82,11 @@ def prepare_sweep(
     **changes: Any,  # any other field of Run; None keeps the default
 ) -> Comparison:
     "The sweep, with the records of cells that are finished. Raises ValueError, OSError or ImportError; writes nothing."
-    layers = _depth_of(model)
+    layers = _depth_of(model, bool(changes.get("trust_remote_code")))
     limits = cells(merges, injections, layers)
     contenders = [f"imlor2c:max_merges={m}:max_injections={i}" for m, i in limits]
     shared = {name: value for name, value in changes.items() if value is not None}
-    _check_folder(Path(output_dir), contender_run(task, contenders[0], seed, model, shared))
+    _check_folder(as_folder(output_dir), contender_run(task, contenders[0], seed, model, shared))
     return replace(
         prepare_comparison([task], contenders, [seed], model, output_dir, **shared),
         draw=lambda records, names: plot_grid(records, merges, injections),

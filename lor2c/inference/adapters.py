@@ -6,15 +6,15 @@
 __all__ = ['read_adapter', 'describe']
 
 # %% ../../nbs/api/inference/00_adapters.ipynb #1cb7ef68
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..disk.tensors import injections_by_module, tensors_by_layer
+from ..disk.files import read_json
+from ..disk.seal import read_weights
+from ..disk.tensors import injections_by_module, layout_told, tensors_by_layer
+from ..maths.checks import check_adapter
 from ..maths.layout import Injection
 from ..maths.lowrank import numerical_rank, singular_values
 
@@ -27,14 +27,15 @@ def read_adapter(
     for file in (config, weights):
         if not file.is_file():
             raise FileNotFoundError(f"no adapter in {folder}: {file.name} is missing. Name the folder that holds it")
+    settings = read_json(config)
     try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        kind = settings["peft_type"]
-        if kind == "LOR2C" and not (settings["r"] >= 1 and settings["alpha"] > 0):
-            raise ValueError(f"r = {settings['r']}, alpha = {settings['alpha']}")
-        return settings, load_file(weights)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the adapter in {folder} is damaged, perhaps cut off while copying: {error}") from error
+        if not isinstance(kind := settings["peft_type"], str):
+            raise ValueError(f"peft_type is {kind!r}")
+        if kind == "LOR2C":
+            check_adapter(settings["r"], settings["alpha"], settings.get("dropout", 0))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{config} is damaged: {error} {'is missing' * isinstance(error, KeyError)}".rstrip()) from error
+    return settings, read_weights(weights)
 
 # %% ../../nbs/api/inference/00_adapters.ipynb #7614d128
 def describe(
@@ -89,7 +90,7 @@ def _draw(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
     shared, scaling = config.get("share", False), config["alpha"] / config["r"]
     residuals = tensors_by_layer(tensors, shared)
     lora = injections_by_module(tensors)
-    depth = max([int(parts["span"][2]) for parts in residuals.values()] + [n for _, n in lora.values()], default=0)
+    depth = layout_told(residuals, lora).depth
     lines: dict[int, str] = {}
     for parts in residuals.values():
         lines |= _span_lines(parts, scaling, shared)

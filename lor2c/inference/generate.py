@@ -6,7 +6,6 @@
 __all__ = ['template_of', 'load_tuned', 'generate', 'stream']
 
 # %% ../../nbs/api/inference/01_generate.ipynb #fdde357c
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..data.base import DTYPES, find_model, load_decoder, position_limit
 from ..data.prompts import TEMPLATES, as_tokens, make_prompt
+from ..disk.files import read_json
 from .adapters import part_of, read_adapter
 from ..maths.checks import check_whole, one_of
 from ..tuners.switches import in_eval_mode
@@ -58,11 +58,13 @@ def _recorded(folder: Path) -> dict[str, Any]:
     # a finished run, and a checkpoint of one that may not have finished
     for file in (place.parent / "record.json", place.parent.parent / "run.json"):
         if file.is_file():
-            try:
-                record = json.loads(file.read_text(encoding="utf-8"))
-                return {**record, **record.get("hyper_parameters", {})}
-            except (ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file} is damaged: {error}") from error
+            record = read_json(file)
+            settings = record.get("hyper_parameters", {})
+            told = record | settings if isinstance(settings, dict) else {"template": settings}
+            for name in ("template", "model"):
+                if not isinstance(told.get(name, ""), str):
+                    raise ValueError(f"{file} is damaged: its {name} is {told[name]!r}")
+            return told
     return {}
 
 # %% ../../nbs/api/inference/01_generate.ipynb #5fc36df9
@@ -71,7 +73,7 @@ def _base_of(folder: Path, config: dict[str, Any], model: str | None) -> str:
     if model:
         return find_model(model)
     names = [config.get("base_model_name_or_path"), _recorded(folder).get("model")]
-    for name in filter(None, names):
+    for name in (name for name in names if name and isinstance(name, str)):
         try:
             return find_model(name)
         # ValueError: a path that cannot be a name on the hub
@@ -87,6 +89,7 @@ def load_tuned(
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",  # of the base's weights
     quantize: Literal["4bit", "8bit", "torchao-int8"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    trust_remote_code: bool = False,  # run code that the base's folder brings
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Load a tuned decoder in eval mode, of any PEFT method or with all weights tuned, and its tokenizer.
 
@@ -98,12 +101,13 @@ def load_tuned(
     if not _is_adapter(weights):
         if model:
             raise ValueError(f"{weights} holds a whole model and needs no base: leave model (--model) out")
-        whole, tokenizer = load_decoder(str(weights), precision, quantize, place)
+        whole, tokenizer = load_decoder(str(weights), precision, quantize, place, trust_remote_code)
         return whole.eval(), tokenizer
     config, tensors = read_adapter(weights)
     if (kind := config.get("task_type")) not in (None, "CAUSAL_LM"):
         raise ValueError(f"the adapter in {weights} is for task_type {kind}, not CAUSAL_LM: it does not generate text")
-    base, tokenizer = load_decoder(_base_of(weights, config, model), precision, quantize, place)
+    name = _base_of(weights, config, model)
+    base, tokenizer = load_decoder(name, precision, quantize, place, trust_remote_code)
     return _put_on(base, weights, config["peft_type"], tensors).eval(), tokenizer
 
 # %% ../../nbs/api/inference/01_generate.ipynb #c2569d67
@@ -122,7 +126,7 @@ def _put_on(base: Any, folder: Path, kind: str, tensors: dict[str, Tensor]) -> P
     where = f"the adapter in {folder} does not fit the base {base.config.name_or_path!r}"
     try:
         tuned = PeftModel.from_pretrained(base, folder, torch_device=str(base.device))
-    except (ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001, whatever a configuration with wrong types makes of PEFT
         reasons = [line.strip() for line in str(error).splitlines()]
         raise ValueError(f"{where}: {' '.join(reasons[:2])}") from error
     own = get_peft_model_state_dict(tuned, save_embedding_layers=False)
@@ -194,7 +198,7 @@ def generate(
     Raises ValueError or TypeError before anything is computed: for no prompt, a prompt that leaves no room for the
     answer, a number out of its range, a model that is no decoder.
     """
-    check_how(max_new_tokens, temperature, top_p)
+    check_how(max_new_tokens, temperature, top_p, seed or 0)
     _check_asked(model, prompts, streamer)
     rows = [prompt_tokens(tokenizer, prompt, input, template) for prompt in prompts]
     _check_room(rows, position_limit(model), max_new_tokens)
@@ -217,11 +221,13 @@ def _continued(model: Any, batch: BatchEncoding, seed: int | None, **how: Any) -
         return model.generate(**batch.to(model.device), **how)[:, batch["input_ids"].shape[1] :]
 
 # %% ../../nbs/api/inference/01_generate.ipynb #645cd03b
-def check_how(max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_how(max_new_tokens: int, temperature: float, top_p: float, seed: int = 0) -> None:
     "ValueError for a number out of its range."
     check_whole("max_new_tokens", max_new_tokens)
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or above and finite, found {temperature!r}")
+    check_whole("seed", seed, 0)
+    # logits that are divided by less overflow
+    if temperature != 0 and not 1e-4 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or above and finite, from 0.0001 on, found {temperature!r}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, found {top_p!r}")
     if top_p < 1 and temperature == 0:

@@ -5,17 +5,38 @@
 # %% auto #0
 __all__ = []
 
+# %% ../../nbs/api/maths/00_checks.ipynb #b5e8ea71
+from collections.abc import Callable
+
 # %% ../../nbs/api/maths/00_checks.ipynb #a0c13cc6
-def check_whole(name: str, value: object, least: int = 1) -> int:
-    "Return the value if it is a whole number of at least `least`. Raises ValueError for anything else."
+MOST_LAYERS = 10_000
+
+
+def check_whole(name: str, value: object, least: int = 1, most: int = 2**31 - 1) -> int:
+    "Return the value if it is a whole number from `least` to `most`. Raises ValueError for anything else."
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, found {value!r}")
+    if value > most:
+        raise ValueError(f"{name} must be a whole number of at most {most}, found {value!r}")
     return value
 
 
 def check_rank(r: object) -> int:
-    "Return the rank r if it is a whole number of at least 1. Raises ValueError for anything else."
-    return check_whole("the rank r", r)
+    "Return the rank r if it is a whole number from 1 to 65536, wider than any model. Raises ValueError for anything else."
+    return check_whole("the rank r", r, most=2**16)
+
+
+def check_number(name: str, value: object, fits: Callable[[float], bool], allowed: str) -> None:
+    "Check that a value is a number, and that it fits. Raises ValueError, which says what is allowed."
+    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+        raise ValueError(f"{name} must be {allowed}, found {value!r}")
+
+
+def check_adapter(r: object, alpha: object, dropout: object) -> None:
+    "Check the numbers that each adapter has. Raises ValueError for r < 1, alpha <= 0 or dropout outside [0, 1)."
+    check_rank(r)
+    check_number("alpha", alpha, lambda alpha: 0 < alpha < 2**32, "above 0 (and below 2^32)")
+    check_number("dropout", dropout, lambda dropout: 0 <= dropout < 1, "at least 0 and below 1")
 
 
 def one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

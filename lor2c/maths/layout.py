@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from .checks import check_rank, check_whole
+from .checks import MOST_LAYERS, check_rank, check_whole
 
 # %% ../../nbs/api/maths/03_layout.ipynb #0661288b
 Span = tuple[int, int]  # first and last layer, both included
@@ -49,7 +49,7 @@ def as_span(span: Sequence[int]) -> Span:
 # %% ../../nbs/api/maths/03_layout.ipynb #9caeb0dc
 def check_lora(r: int, alpha: float) -> None:
     "Check the numbers of injected LoRA. Raises ValueError unless r is a whole number of at least 1, and alpha above 0."
-    check_whole("the rank of injected LoRA", r)
+    check_whole("the rank of injected LoRA", r, most=2**16)
     if not 0 < alpha < 2**32:
         raise ValueError(f"the alpha of injected LoRA must be above 0 (and below 2^32), found {alpha!r}")
 
@@ -76,6 +76,7 @@ class Layout:
     ranks: tuple[tuple[int, int], ...] = ()  # (first layer, rank) of residuals with a rank of their own, sorted
 
     def __post_init__(self) -> None:
+        check_whole("the depth of a layout", self.depth, 1, MOST_LAYERS)
         object.__setattr__(self, "spans", tuple(check_spans(self.spans, self.depth)))
         object.__setattr__(self, "injected", tuple(sorted(Injection(*lora) for lora in self.injected)))
         starts = {start for start, _ in self.spans}

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .checks import check_whole, one_of
+from .checks import MOST_LAYERS, check_whole, one_of
 
 # %% ../../nbs/api/maths/04_schedule.ipynb #0bfd54e4
 Schedule = Literal["epoch", "fractional"]
@@ -73,8 +73,8 @@ def _due(move: Move, limit: int, steps: int, steps_per_epoch: float, how: Schedu
 
 # %% ../../nbs/api/maths/04_schedule.ipynb #6adc68a9
 def check_limit(move: Move, limit: int) -> None:
-    "Check the limit of a kind of move. Raises ValueError unless it is a whole number of at least 0."
-    check_whole({"merge": "max_merges", "inject": "max_injections"}[move], limit, least=0)
+    "Check the limit of a kind of move. Raises ValueError unless it is a whole number from 0 to 10000, deeper than any model."
+    check_whole({"merge": "max_merges", "inject": "max_injections"}[move], limit, 0, MOST_LAYERS)
 
 # %% ../../nbs/api/maths/04_schedule.ipynb #3fda45fc
 def remarks(

@@ -7,16 +7,23 @@ __all__ = []
 
 # %% ../../nbs/api/runs/04_folder.ipynb #19e4832a
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk.files import write_json
+from ..disk.checkpoints import defect, without_digests, write_digests
+from ..disk.files import read_json, write_json
 from .settings import Run
 
 # %% ../../nbs/api/runs/04_folder.ipynb #7b6c5588
+def as_folder(output_dir: str | Path) -> Path:
+    "The folder of a run, or of many. Raises ValueError for a blank name, which would be the current folder."
+    if not str(output_dir).strip():
+        raise ValueError(f"output_dir (--output-dir) must name a folder, found {output_dir!r}")
+    return Path(output_dir)
+
+
 def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
     "The record, if this run is finished in `folder`. Raises ValueError if the folder is not free for it. Writes nothing."
     started, finished = folder / "run.json", folder / "record.json"
@@ -27,7 +34,7 @@ def claim(run: Run, folder: Path, resume: bool) -> dict[str, Any] | None:
         state = "a finished" if finished.exists() else "an unfinished"
         raise ValueError(f"{folder} holds {state} run: add --resume to go on with it, or name another --output-dir")
     _check_same(run, folder, _may_differ | {"processes"} if finished.exists() else _may_differ)
-    return json.loads(finished.read_text(encoding="utf-8")) if finished.exists() else None
+    return _read_record(finished) if finished.exists() else None
 
 
 # Where a run computes and reports, and how many rows at a time, changes nothing about it.
@@ -45,13 +52,30 @@ def _check_same(run: Run, folder: Path, may_differ: set[str]) -> None:
     if other:
         raise ValueError(f"the run in {folder} cannot be resumed with other settings: {'; '.join(other)}")
 
+# %% ../../nbs/api/runs/04_folder.ipynb #bbd0281d
+def _read_record(file: Path) -> dict[str, Any]:
+    "The record of a finished run. Raises ValueError, with the file's name, for what is none."
+    record = read_json(file)
+    try:
+        metrics, best = record["metrics"], record["metrics"]["best"]
+        texts = [record["task"], record["method"], record["model"], metrics["chosen_by"]]
+        sizes = [record[name] for name in ("seed", "trainable_parameters", "adapter_parameters", "seconds")]
+        numbers = [*sizes, best["epoch"], best[metrics["chosen_by"]], record["hyper_parameters"]["lr"]]
+        kinds = {str: texts, int | float: numbers, dict: [metrics["baseline"], metrics["last"], *record["history"]]}
+        fits = all(isinstance(value, kind) for kind, values in kinds.items() for value in values)
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{file} is damaged, or no record of a run: name another --output-dir")
+    return record
+
 # %% ../../nbs/api/runs/04_folder.ipynb #e1ae4b4d
 def read_started(file: Path) -> dict[str, Any]:
     "The settings that a run was started with, and defaults for newer settings. Raises ValueError if the file is damaged."
     try:
-        return {"processes": 1, **_with_defaults(json.loads(file.read_text(encoding="utf-8")))}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): name another --output-dir") from None
+        return {"processes": 1, **_with_defaults(read_json(file))}
+    except ValueError as error:
+        raise ValueError(f"{error}; name another --output-dir") from None
 
 
 def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,9 +101,27 @@ def _check_free(folder: Path) -> None:
         raise ValueError(f"{folder} holds {', '.join(taken)}, but not of a run: name another --output-dir")
 
 # %% ../../nbs/api/runs/04_folder.ipynb #6b1e442f
+def _best_of(checkpoint: Path, state: Mapping[str, Any]) -> Path | None:
+    "The best checkpoint so far, beside one of them; None if there is none yet."
+    step = state.get("best_global_step")
+    return checkpoint.with_name(f"checkpoint-{step}") if step else None
+
+
+def check_best(checkpoint: Path) -> None:
+    "Check the best checkpoint so far, with which the run may end. Raises FileNotFoundError if it is damaged or gone."
+    best = _best_of(checkpoint, read_json(checkpoint / "trainer_state.json"))
+    if best and (why := defect(best)):
+        raise FileNotFoundError(
+            f"{best}, the best epoch so far, cannot be used: {why}. Remove {best.parent} to train from the start"
+        )
+
+
 def relocate(checkpoint: Path) -> None:
     "Let a checkpoint point to the best one beside it, wherever the folder has been moved."
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    if step := state.get("best_global_step"):
-        state["best_model_checkpoint"] = str(checkpoint.with_name(f"checkpoint-{step}"))
-        write_json(checkpoint / "trainer_state.json", state)
+    state = read_json(checkpoint / "trainer_state.json")
+    best = _best_of(checkpoint, state)
+    if not best or state["best_model_checkpoint"] == str(best):
+        return
+    without_digests(checkpoint)
+    write_json(checkpoint / "trainer_state.json", {**state, "best_model_checkpoint": str(best)})
+    write_digests(checkpoint)

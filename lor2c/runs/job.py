@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from ..data.task import Asked, Task, validation_splits
 from ..data.tasks import find_task
 from .build import build_model, load_data
-from .folder import claim, read_started
+from .folder import as_folder, claim, read_started
 from .settings import Run
 from .trainer import callbacks_of, check_device, check_report_to, micro_batches, training_arguments
 
@@ -55,7 +55,7 @@ def prepare(
     resume: bool = False,  # go on with an unfinished run in output_dir, or take the record of a finished one
 ) -> Job | Finished:
     "Everything a run needs, or its record. Raises ValueError, OSError or ImportError if it does not fit; writes nothing."
-    folder, task = Path(output_dir), find_task(run.task)
+    folder, task = as_folder(output_dir), find_task(run.task)
     if record := claim(run, folder, resume):
         return Finished(run, folder, record)
     check_device(run)

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from ..data.base import DTYPES, Precision, Quantize
 from ..data.prompts import Template
 from ..data.tasks import find_task, own_settings
-from ..maths.checks import check_whole, one_of
+from ..maths.checks import check_adapter, check_number, check_whole, one_of
 from .methods import HAVE, METHODS, RM_LORA, TARGETS, Targets
 from ..training.decisions import Rules, Schedule, Settings
 from ..training.masks import RMSettings
@@ -68,6 +68,7 @@ class Run:
     quantize: Quantize | None = None  # pack the weights of a decoder, with bitsandbytes or torchao
     precision: Precision = "fp32"  # the others: mixed precision
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    trust_remote_code: bool = False  # run code that the base model's folder brings
     data_dir: str | None = None  # folder of the data; None: from the hub
     report_to: str = "none"  # or tensorboard, wandb, ...: as in TrainingArguments
 
@@ -79,6 +80,7 @@ class Run:
         for name in ("epochs", "batch_size", "max_length", "rank", "lr", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, found {getattr(self, name)!r}")
+        self._check_numbers()
         if self.checkpointing and self.method in ("reslora-is", "reslora-ms"):
             raise ValueError(f"method {self.method!r} reads activations that checkpointing does not keep: leave it out")
         self._check_method()
@@ -87,6 +89,18 @@ class Run:
             if (value := getattr(self, name)) is not None:
                 check_whole(name, value)
         self._check_task()
+
+    def _check_numbers(self) -> None:
+        "Raises ValueError for numbers that no library below can count to, and for shares that are none."
+        check_adapter(self.rank, self.alpha, self.dropout)
+        check_whole("seed", self.seed, 0)
+        for name, value in vars(self).items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                check_whole(name, value, -(2**31), 2**20 if name.endswith("batch_size") else 2**31 - 1)
+            elif isinstance(value, float):
+                check_number(name, value, lambda value: abs(value) < 2**100, "a number below 2^100")
+        check_number("warmup", self.warmup, lambda share: 0 <= share <= 1, "from 0 to 1")
+        check_number("weight_decay", self.weight_decay, lambda decay: 0 <= decay <= 1, "from 0 to 1")
 
     def _check_method(self) -> None:
         "Raises ValueError for settings that the method does not have."

@@ -6,7 +6,9 @@
 __all__ = ['make_trainer', 'carry_out', 'train']
 
 # %% ../../nbs/api/runs/09_train.ipynb #0c5425c4
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +19,9 @@ from transformers import PrinterCallback, Trainer, set_seed
 from ..data.task import describe_left_out, validation_splits
 from ..data.tasks import find_task
 from ..disk.checkpoints import last_complete_checkpoint
-from ..disk.files import alone_in, save_whole, write_json
+from ..disk.files import alone_in, save_whole, told_of_disk, write_json
 from .build import count_parameters
-from .folder import as_started, claim, relocate
+from .folder import as_started, check_best, claim, relocate
 from .job import Finished, Job, prepare
 from .record import make_record
 from .settings import Run
@@ -47,14 +49,19 @@ def carry_out(
 ) -> dict[str, Any]:  # the record, as in record.json
     """Train what `prepare` has made ready; leaves record.json and adapter/ (model/ for full) in the job's folder.
 
-    Raises BlockingIOError if another process trains there, FloatingPointError if training diverges, MemoryError, and
-    FileNotFoundError if the best epoch's checkpoint is gone.
+    Raises BlockingIOError if another process trains there, FloatingPointError if training diverges, MemoryError,
+    FileNotFoundError if the best epoch's checkpoint is gone or damaged, ConnectionError if another process of the run has
+    ended, and OSError if the disk is full.
     """
     if isinstance(job, Finished):
+        # its process may have been killed while it removed them
+        if (job.folder / "checkpoints").exists():
+            with suppress(BlockingIOError), alone_in(job.folder):
+                shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
         return job.record
     if job.args.process_index:
         return _fine_tune(job)
-    with alone_in(job.folder):
+    with alone_in(job.folder), told_of_disk(job.folder):
         if claim(job.run, job.folder, resume=True):
             raise BlockingIOError(f"the run in {job.folder} was finished by another process meanwhile")
         return _fine_tune(job)
@@ -63,12 +70,18 @@ def carry_out(
 def _fine_tune(job: Job) -> dict[str, Any]:
     "`carry_out` for one of the processes that train together, in a folder that is theirs."
     checkpoint = None if job.run.method == "adalora" else last_complete_checkpoint(job.folder / "checkpoints")
+    if checkpoint:
+        check_best(checkpoint)
     if job.args.process_index == 0:
         _begin(job, checkpoint)
     # If the task has no figure to beat, it is the base's own score.
     job.args.eval_on_start = not job.baseline and checkpoint is None
     trainer = make_trainer(job)
     # The first process has to write first.
+    trainer.accelerator.wait_for_everyone()
+    # Every process has looked at it, and none has read it.
+    if checkpoint and job.args.process_index == 0:
+        relocate(checkpoint)
     trainer.accelerator.wait_for_everyone()
     # Random numbers that were drawn since the model was made must not change a run.
     set_seed(job.run.seed)
@@ -83,11 +96,9 @@ def _fine_tune(job: Job) -> dict[str, Any]:
 
 # %% ../../nbs/api/runs/09_train.ipynb #b7bd8b02
 def _begin(job: Job, checkpoint: Path | None) -> None:
-    "Write run.json, say what is about to run, and let a checkpoint know where it is."
+    "Write run.json, and say what is about to run."
     write_json(job.folder / "run.json", as_started(job.run) | ({"rows": job.digest} if job.digest else {}))
     _announce(job, checkpoint)
-    if checkpoint:
-        relocate(checkpoint)
 
 
 def _finish(job: Job, trainer: Trainer) -> dict[str, Any]:
@@ -103,10 +114,14 @@ def _finish(job: Job, trainer: Trainer) -> dict[str, Any]:
 
 # %% ../../nbs/api/runs/09_train.ipynb #97ac338d
 def _fit(trainer: Trainer, checkpoint: Path | None) -> None:
-    "Train. Raises MemoryError, with advice, if the memory does not suffice."
+    "Train. Raises MemoryError, with advice, if the memory does not suffice, ConnectionError if another process has gone."
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except RuntimeError as error:
+        if trainer.args.world_size > 1 and _GONE.search(str(error)):
+            raise ConnectionError(
+                "another process of this run has ended, look at what it said: the same command with --resume goes on"
+            ) from error
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         micro = trainer.args.per_device_train_batch_size
@@ -115,6 +130,10 @@ def _fit(trainer: Trainer, checkpoint: Path | None) -> None:
             f"out of memory with {micro} row{'s' * (micro > 1)} at a time: go on with --resume and {less}a smaller "
             "--max-length or another model in a new --output-dir; --checkpointing keeps less for backward"
         ) from error
+
+
+# gloo's and NCCL's words, and those of the store that they meet in
+_GONE = re.compile("closed by peer|reset by peer|remote process|Broken pipe|NCCL|Timed out waiting|TCPStore", re.I)
 
 
 def _announce(job: Job, checkpoint: Path | None) -> None:

@@ -18,6 +18,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..data.task import Kind
 from ..data.tasks import find_task
+from ..disk.checkpoints import write_digests
 from ..maths.checks import one_of
 from .methods import CHANGING
 from .progress import Progress
@@ -148,6 +149,14 @@ class _AdaLoRASteps(TrainerCallback):
         self.tuner.peft_config["default"].orth_reg_weight = self.weight
 
 # %% ../../nbs/api/runs/06_trainer.ipynb #1a49645d
+class _Digests(TrainerCallback):
+    "Leaves the digests of its files in each checkpoint, by which a damaged one is known."
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            write_digests(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
+
+
 def callbacks_of(run: Run) -> list[TrainerCallback]:
     "A run's callbacks, the method's own first."
     own: list[TrainerCallback] = []
@@ -162,4 +171,4 @@ def callbacks_of(run: Run) -> list[TrainerCallback]:
         own.append(_AdaLoRASteps(summed=kind.by_token))
     if kind.evaluations > 1:
         own.append(_Several(kind.evaluations))
-    return [*own, Progress(advise=run.max_train_samples is None)]
+    return [*own, _Digests(), Progress(advise=run.max_train_samples is None)]

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..maths.checks import check_whole, one_of
 from ..maths.layout import Layout, check_lora, choose_injection, choose_merge, layers_needed
-from ..maths.schedule import Due, plan
+from ..maths.schedule import Due, check_limit, plan
 from ..maths.sfs import mean_singular_value, score, top_share
 from .scores import Score
 from .shrink import check_amount
@@ -56,8 +56,8 @@ class Settings:
     tolerance: float | None = None  # or how much the loss may rise by prediction
 
     def __post_init__(self) -> None:
-        check_whole("max_merges", self.max_merges, 0)
-        check_whole("max_injections", self.max_injections, 0)
+        check_limit("merge", self.max_merges)
+        check_limit("inject", self.max_injections)
         for field in dataclasses.fields(self):
             if get_origin(field.type) is Literal:
                 one_of(field.name, getattr(self, field.name), get_args(field.type))

@@ -116,7 +116,13 @@ class Chain:
                     f"{self.paths[n]} reads weights of {self.paths[j]}, which FSDP keeps in shards: use "
                     "DistributedDataParallel, or shortcut='input' or 'middle', which read activations"
                 )
-        return [parts[j].weight.to(device) for j in (n, *self.links[n])]
+        return [_at_hand(parts[j]).to(device) for j in (n, *self.links[n])]
+
+
+def _at_hand(part: nn.Linear) -> Tensor:
+    "The weight of a block, from where accelerate keeps it while the block itself is not called."
+    weights = getattr(getattr(part, "_hf_hook", None), "weights_map", None)
+    return part.weight if weights is None or not part.weight.is_meta else weights["weight"]
 
 # %% ../../nbs/api/tuners/10_chains.ipynb #93f41365
 class Factor(nn.Linear):

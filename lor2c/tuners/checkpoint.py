@@ -11,29 +11,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..disk.tensors import injections_by_module, tensors_by_layer
+from ..disk.tensors import injections_by_module, layout_told, tensors_by_layer
 from ..maths.layout import Layout
 from .config import LoR2CConfig
 from .injection import find_qv
 from .stack import find_layers, stream_width
 
 # %% ../../nbs/api/tuners/08_checkpoint.ipynb #97353afd
-def layout_in(state_dict: dict[str, Tensor], model: nn.Module, config: LoR2CConfig) -> Layout:
+def layout_in(
+    state_dict: dict[str, Tensor],
+    model: nn.Module,
+    config: LoR2CConfig,
+    prefix: str | None = None,  # that their names begin with, "base_model.model." in a PEFT model; None: either
+) -> Layout:
     "The structure that a checkpoint's tensors describe. Raises ValueError where it does not fit the model."
     path, layers = find_layers(model, config.layers)
     residual, lora = tensors_by_layer(state_dict, config.share), injections_by_module(state_dict)
     if not residual and not lora:
         raise ValueError(f"no LoR2C tensors among the {len(state_dict)} of this checkpoint: it is not a LoR2C adapter")
-    places = [(stack, parts["span"][2].item()) for (stack, _), parts in residual.items()]
-    places += [(module[: len(path)], depth) for module, (_, depth) in lora.items()]
-    for stack, depth in places:
+    layout = layout_told(residual, lora)
+    for stack in [stack for stack, _ in residual] + [module[: len(path)] for module in lora]:
         _check_match("layers at", stack, path)
-        _check_match("a depth of", depth, len(layers))
+    _check_match("a depth of", layout.depth, len(layers))
     _check_shapes(residual.values(), model, path, config.r)
-    spans = {tuple(parts["span"].tolist()[:2]): parts for parts in residual.values()}
-    own = tuple((start, len(parts["A"])) for (start, _), parts in spans.items() if len(parts["span"]) > 3)
-    layout = Layout(len(layers), tuple(spans), tuple({put for put, _ in lora.values()}), own)
-    _check_keys(state_dict, _expected_keys(layout, model, config))
+    _check_keys(state_dict, _expected_keys(layout, model, config), prefix)
     return layout
 
 # %% ../../nbs/api/tuners/08_checkpoint.ipynb #a8317931
@@ -51,9 +52,12 @@ def _expected_keys(layout: Layout, model: nn.Module, config: LoR2CConfig) -> set
     return keys
 
 
-def _check_keys(state_dict: dict[str, Tensor], expected: set[str]) -> None:
+def _check_keys(state_dict: dict[str, Tensor], expected: set[str], prefix: str | None = None) -> None:
     "Check a checkpoint's tensors. Raises ValueError where one of its structure is missing, or one is too many."
-    theirs = {key.removeprefix("base_model.model.") for key in state_dict if ".lor2c_" in key or ".lora_" in key}
+    theirs = {key for key in state_dict if ".lor2c_" in key or ".lora_" in key}
+    if prefix is None:
+        prefix = "base_model.model." if any(key.startswith("base_model.model.") for key in theirs) else ""
+    expected = {prefix + key for key in expected}
     if missing := expected - theirs:
         raise ValueError(f"the checkpoint is damaged: {min(missing)} is missing")
     if extra := theirs - expected:

@@ -6,6 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/api/tuners/00_compat.ipynb #b2ef0e4f
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -25,6 +29,7 @@ def _unsupported(part: str) -> ImportError:
 
 # %% ../../nbs/api/tuners/00_compat.ipynb #3d553d9d
 try:  # some of these are for other modules to import from here
+    from peft.config import PeftConfigMixin
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -34,6 +39,7 @@ try:  # some of these are for other modules to import from here
     from peft.tuners.lora import LoraLayer, LoraModel  # noqa: F401
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists  # noqa: F401
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear  # noqa: F401
+    from peft.utils import save_and_load
     from peft.utils.constants import DUMMY_TARGET_MODULES  # noqa: F401
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS  # noqa: F401
     from peft.utils.integrations import dequantize_module_weight  # noqa: F401
@@ -50,6 +56,8 @@ def _check_installed() -> None:
         raise _unsupported("PEFT's hook for reading a checkpoint's structure")
     if "__call__" in vars(GradientCheckpointingLayer):
         raise _unsupported("layers whose hooks run outside of activation checkpointing")
+    if not (hasattr(save_and_load, "safe_load_file") and "from_json_file" in vars(PeftConfigMixin)):
+        raise _unsupported("PEFT's reading of an adapter's files in one place")
 
 
 _check_installed()
@@ -81,3 +89,28 @@ def register(
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
         mapping.pop(kind, None)
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
+
+# %% ../../nbs/api/tuners/00_compat.ipynb #fda2a3fa
+def check_before_load(
+    check: Callable[[Path], None],  # raises if it refuses a file
+) -> None:
+    "Have PEFT check an adapter's safetensors file before it, or transformers, loads it. Calling it again replaces the check."
+    module: Any = save_and_load
+    config: Any = PeftConfigMixin
+    load = inspect.unwrap(module.safe_load_file)
+    read = inspect.unwrap(config.from_json_file.__func__)
+
+    @functools.wraps(load)
+    def checked(filename: str, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        check(Path(filename))
+        return load(filename, *args, **kwargs)
+
+    @functools.wraps(read)
+    def checked_beside(cls: Any, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        weights = Path(path_json_file).with_name("adapter_model.safetensors")
+        if weights.is_file():
+            check(weights)
+        return read(cls, path_json_file, **kwargs)
+
+    module.safe_load_file = checked
+    config.from_json_file = classmethod(checked_beside)  # type: ignore[arg-type]

@@ -15,9 +15,10 @@ from typing import Any, Literal, TypeVar, get_args
 from huggingface_hub import ModelCard
 from peft import PeftConfig
 
-from ..maths.checks import check_rank, check_whole, one_of
+from ..disk.seal import check_weights, seal
+from ..maths.checks import check_adapter, check_rank, check_whole, one_of
 from ..maths.layout import Injection, Layout, as_span, check_spans
-from .compat import add_peft_type
+from .compat import add_peft_type, check_before_load
 
 # %% ../../nbs/api/tuners/02_config.ipynb #f7d2556e
 _T = TypeVar("_T")
@@ -54,13 +55,36 @@ def _tell_arguments(cls: type[_T]) -> type[_T]:
     return cls
 
 
-def _check_numbers(r: int, alpha: float, dropout: float) -> None:
-    "Check what both configurations have. Raises ValueError for r < 1, alpha <= 0 or dropout outside [0, 1)."
-    check_rank(r)
-    if not alpha > 0:
-        raise ValueError(f"alpha must be above 0, found {alpha!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1, found {dropout!r}")
+def _check_names(config: Any, *fields: str) -> None:
+    "Raises ValueError for a field that is neither None nor a name, nor a list of names."
+    for field_name in fields:
+        value = getattr(config, field_name)
+        several = isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
+        if not (value is None or isinstance(value, str) or several):
+            raise ValueError(f"{field_name} must be a name or a list of names, found {value!r}")
+
+
+def _as_list(name: str, value: Any) -> list[Any]:
+    "The value if it is a list or a tuple. Raises ValueError for anything else."
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} must be a list, found {value!r}")
+    return list(value)
+
+
+def _as_ranks(ranks: Any) -> dict[int, int] | None:
+    "First layer -> rank; JSON makes strings of the layers. Raises ValueError for anything else."
+    try:
+        return {int(start): check_rank(r) for start, r in ranks.items()} or None
+    except (AttributeError, TypeError):
+        raise ValueError(f"ranks must be first layer -> rank, found {ranks!r}") from None
+
+
+def _as_injected(injected: Any) -> dict[int, list[float]] | None:
+    "Layer -> [r, alpha]; JSON makes strings of the layers. Raises ValueError for anything else."
+    try:
+        return {int(layer): [r, alpha] for layer, (r, alpha) in injected.items()} or None
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"injected must be layer -> [r, alpha], found {injected!r}") from None
 
 # %% ../../nbs/api/tuners/02_config.ipynb #14ab615a
 Units = Literal["paper", "stream"]
@@ -136,15 +160,17 @@ class LoR2CConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = add_peft_type("LOR2C")
         one_of("units", self.units, get_args(Units))
-        _check_numbers(self.r, self.alpha, self.dropout)
+        check_adapter(self.r, self.alpha, self.dropout)
+        one_of("share", self.share, (True, False))
+        _check_names(self, "layers", "inject_targets", "modules_to_save")
         if self.injected is not None:
-            # JSON makes strings of the layers
-            self.injected = {int(layer): [r, alpha] for layer, (r, alpha) in self.injected.items()} or None
-        self.ranks = {int(start): check_rank(r) for start, r in (self.ranks or {}).items()} or None
+            self.injected = _as_injected(self.injected)
+        if self.ranks is not None:
+            self.ranks = _as_ranks(self.ranks)
         if self.ranks and self.share:
             raise ValueError("ranks cannot differ with share=True: all residuals have one A")
         if self.spans is not None:
-            pairs = [as_span(span) for span in self.spans]
+            pairs = [as_span(span) for span in _as_list("spans", self.spans)]
             self.layout(max([0, *(self.injected or {}), *(end for _, end in pairs)]) + 1)
             self.spans = [list(span) for span in sorted(pairs)]
 
@@ -163,14 +189,16 @@ class LoR2CConfig(PeftConfig):
         "A copy that describes this structure."
         changed = copy.deepcopy(self)
         changed.spans = [list(span) for span in layout.spans]
-        changed.injected = {lora.layer: [lora.r, lora.alpha] for lora in layout.injected} or None
+        # a mark among the tensors has made 16.0 of 16
+        changed.injected = {t: [r, int(alpha) if alpha == int(alpha) else alpha] for t, r, alpha in layout.injected} or None
         changed.ranks = dict(layout.ranks) or None
         return changed
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        "As in PEFT; also puts `import lor2c` at the head of the model card, since PEFT cannot load without it."
+        "As in PEFT; also seals the weights, and puts `import lor2c` at the head of the card, since PEFT cannot load without it."
         super().save_pretrained(save_directory, **kwargs)
         _write_card(Path(save_directory))
+        _seal(Path(save_directory))
 
 # %% ../../nbs/api/tuners/02_config.ipynb #c743990d
 _CARD = """\
@@ -267,7 +295,8 @@ class ResLoRAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("RESLORA")
-        _check_numbers(self.r, self.alpha, self.dropout)
+        check_adapter(self.r, self.alpha, self.dropout)
+        _check_names(self, "target_modules", "layers", "modules_to_save")
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)
         for name, value, allowed in (("shortcut", self.shortcut, SHORTCUTS), ("first", self.first, ("double", "none"))):
@@ -277,6 +306,18 @@ class ResLoRAConfig(PeftConfig):
         check_whole("window", self.window)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        "As in PEFT; also puts `import lor2c` at the head of the model card, since PEFT cannot load without it."
+        "As in PEFT; also seals the weights, and puts `import lor2c` at the head of the card, since PEFT cannot load without it."
         super().save_pretrained(save_directory, **kwargs)
         _write_card(Path(save_directory))
+        _seal(Path(save_directory))
+
+# %% ../../nbs/api/tuners/02_config.ipynb #58cc1aa1
+def _seal(
+    folder: Path,  # of an adapter
+) -> None:
+    "Seal an adapter's weights, if they are there."
+    if (weights := folder / "adapter_model.safetensors").is_file():
+        seal(weights)
+
+
+check_before_load(check_weights)

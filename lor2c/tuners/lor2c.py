@@ -45,10 +45,12 @@ class _Saved(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: LoR2CConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        body = getattr(model, "get_base_model", lambda: model)()
+        unwrapped: Any = getattr(model, "get_base_model", None)
+        body = unwrapped() if unwrapped else model
         state_dict, measured = split_units(state_dict)
+        layout = layout_in(state_dict, body, config, "base_model.model." if unwrapped else None)
         configs: Any = model.peft_config
-        configs[adapter_name] = set_layout(body, config, adapter_name, layout_in(state_dict, body, config))
+        configs[adapter_name] = set_layout(body, config, adapter_name, layout)
         keep_loaded_type(body, adapter_name)
         if units_of(body, adapter_name):
             state_dict = unfolded(state_dict, measured)

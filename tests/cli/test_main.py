@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import refused
 from datasets import Value
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -25,7 +26,7 @@ from lor2c.cli.main import main
 from lor2c.data.base import demo_model, load_classifier
 from lor2c.data.demo import load_demo
 from lor2c.data.glue import GLUE
-from lor2c.disk.checkpoints import _is_complete, last_complete_checkpoint
+from lor2c.disk.checkpoints import defect, last_complete_checkpoint
 from lor2c.disk.files import write_json
 from lor2c.runs.build import build_model
 from lor2c.runs.job import prepare
@@ -104,8 +105,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(capsys, glue_data, undisturbe
 
 def test_only_complete_checkpoints_are_taken(tmp_path):
     """A checkpoint cut off at any point of its writing is passed over for the one before."""
-    from test_contract import adapted
-    from tiny import batch
+    from tiny import adapted, batch
     from transformers import Trainer, TrainingArguments
 
     rows = [{k: v[0] for k, v in batch("BERT").items()}] * 4
@@ -114,7 +114,7 @@ def test_only_complete_checkpoints_are_taken(tmp_path):
     )
     Trainer(adapted("BERT"), args, train_dataset=rows).train()
     first, second = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
-    assert last_complete_checkpoint(tmp_path) == second and _is_complete(first)
+    assert last_complete_checkpoint(tmp_path) == second and not defect(first)
     needed = ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
     for name in needed:
         shutil.copytree(second, tmp_path / "kept")
@@ -133,8 +133,7 @@ def test_only_complete_checkpoints_are_taken(tmp_path):
 
 def test_checkpoints_of_a_named_adapter_count(tmp_path):
     """PEFT puts an adapter with a name of its own one folder down."""
-    from test_contract import adapted
-    from tiny import batch
+    from tiny import adapted, batch
     from transformers import Trainer, TrainingArguments
 
     model = adapted("BERT")
@@ -165,15 +164,6 @@ def test_a_run_of_before_a_setting_was_there_is_read(tmp_path, glue_data, undist
     (folder / "run.json").write_text('{"task": "sst')
     with pytest.raises(ValueError, match="run.json is damaged"):
         prepare(run, folder, resume=True)
-
-
-def refused(capsys, *arguments: str | Path) -> str:
-    """The one line that a wrong input gets, with exit code 2."""
-    with pytest.raises(SystemExit) as end:
-        main([*map(str, arguments)])
-    err = capsys.readouterr().err
-    assert end.value.code == 2 and err.startswith("lor2c: error: ") and err.count("\n") == 1, err
-    return err
 
 
 @pytest.mark.parametrize(

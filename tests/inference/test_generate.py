@@ -16,6 +16,7 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from safetensors.torch import load_file, save_file
 from tiny import DECODER, build, byte_tokenizer, decoder_folder, layers_path, task_type
 from tokenizers import processors
 from torch import nn
@@ -365,9 +366,13 @@ def test_what_cannot_be_loaded(folder, tmp_path):
         with pytest.raises(ValueError, match="device 'cuda' is not there"):
             load_tuned(tmp_path, device="cuda")
     changed(tmp_path / "adapter_config.json", task_type="SEQ_CLS")
+    weights = tmp_path / "adapter_model.safetensors"
+    with pytest.raises(ValueError, match="saved with task_type = 'CAUSAL_LM', and adapter_config.json has 'SEQ_CLS'"):
+        load_tuned(tmp_path)
+    save_file(load_file(weights), weights, {"format": "pt"})  # on purpose
     with pytest.raises(ValueError, match="is for task_type SEQ_CLS, not CAUSAL_LM"):
         load_tuned(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
+    weights.unlink()
     with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
         load_tuned(tmp_path)
 
