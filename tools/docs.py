@@ -26,7 +26,7 @@ from smalldocs.site import Page, Site
 # smalldocs says that it does not read these; this script and nbs/styles.css do their work, or Quarto alone needs them.
 DONE_HERE = (
     "output-file is not read", "html-math-method is ignored", "format.html.grid is ignored", "smalldocs compiles no Sass",
-    "quarto-required",
+    "quarto-required", "respect-user-color-scheme",
 )  # fmt: skip
 MATHS = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]]</span>', re.S)
 KATEX = re.compile(r"<(?:link|script)\b[^>]*\bkatex@[^>]*>(?:</script>)?\s*")
