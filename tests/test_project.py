@@ -13,6 +13,8 @@ from statistics import median, quantiles
 import pytest
 from conftest import MORE, ROOT, copy_repository, notebooks, run
 
+from lor2c.data.tasks import TASKS
+
 PACKAGE = ROOT / "lor2c"
 # The package of a floor says nothing by itself.
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "_modidx.py" and p.read_text("utf-8").strip())
@@ -356,6 +358,13 @@ def test_maths_knows_neither_peft_nor_transformers() -> None:
     modules = {a.name for n in imported if isinstance(n, ast.Import) for a in n.names}
     modules |= {n.module for n in imported if isinstance(n, ast.ImportFrom) and not n.level}
     assert {m.partition(".")[0] for m in modules} & {"peft", "transformers", "accelerate", "datasets"} == set()
+
+
+def test_runs_name_no_task() -> None:
+    """Neither in code nor in words: a task says of itself how it differs. "alpaca" is also a form of prompts."""
+    word = re.compile(rf"\b({'|'.join(TASKS)}|glue)\b", re.I)
+    lines = [f"{p.name}: {line}" for p in PACKAGE.glob("runs/*.py") for line in p.read_text("utf-8").splitlines()]
+    assert [line for line in lines if word.search(line.replace('template: Template = "alpaca"', ""))] == []
 
 
 # The tests themselves
