@@ -356,7 +356,8 @@ document.fonts.ready.then((fonts) => done({
 CUT_OFF = """
 document.querySelectorAll("main details").forEach((e) => { e.open = true; });
 const wide = (s) => [...document.querySelectorAll(s)].filter((e) => e.scrollWidth > e.clientWidth + 1);
-const hints = (e) => getComputedStyle(e).backgroundAttachment.includes("local");
+const clear = (e) => getComputedStyle(e).backgroundColor === "rgba(0, 0, 0, 0)";  // what is painted below it is seen
+const hints = (e) => getComputedStyle(e).backgroundAttachment.includes("local") && [...e.querySelectorAll("td")].every(clear);
 const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
 return {
     "wider than a phone": document.documentElement.scrollWidth > 390 ? [document.documentElement.scrollWidth] : [],
