@@ -132,7 +132,11 @@ def smalldocs(proc: Path) -> Path:
 def quarto(proc: Path) -> Path:
     """Render with Quarto. Outputs are the notebooks' own: nothing runs."""
     subprocess.run(["quarto", "render", proc, "--no-execute"], check=True)
-    return proc / get_config().doc_path.name
+    built = proc / get_config().doc_path.name
+    for page in proc.rglob("*.ipynb"):  # a copy for language models has the notebook's name, with its number
+        copy = (built / page.relative_to(proc)).with_suffix(".llms.md")
+        copy.rename((built / html_name(page, proc)).with_suffix(".llms.md"))
+    return built
 
 
 def wrap_prose(page: Path) -> None:
