@@ -45,6 +45,7 @@ readme: $(VENV)/.dev  ## README.md, from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
 export: $(VENV)/.dev  ## lor2c/ and README.md from the notebooks, cleaned: before each commit
+	$(BIN)/python tools/colab.py
 	PATH="$(abspath $(BIN)):$$PATH" nbdev_export
 	PATH="$(abspath $(BIN)):$$PATH" nbdev_clean
 	$(BIN)/python tools/readme.py

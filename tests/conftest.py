@@ -91,6 +91,8 @@ PAGES = (
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
 )
 MORE = (
+    "tests/test_docs.py::test_plain_nbdev_shows_the_reference",
+    "tests/test_docs.py::test_quarto_is_new_enough",
     "tests/test_site.py",
     "tests/training/test_processes.py",
     "tests/tuners/test_units.py::test_activation_checkpointing_and_compile",

@@ -15,6 +15,8 @@ from conftest import MORE, ROOT, copy_repository, notebooks, run
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from lor2c.data.tasks import TASKS
+
 PACKAGE = ROOT / "lor2c"
 # The package of a floor says nothing by itself.
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "_modidx.py" and p.read_text("utf-8").strip())
@@ -133,7 +135,7 @@ def test_api_notebook_asserts(path: Path) -> None:
 
 @each_api
 def test_api_notebook_has_prose(path: Path) -> None:
-    prose, code = len(cells(path, "markdown")), len(cells(path, "code"))
+    prose, code = len(cells(path, "markdown")), len([c for c in cells(path, "code") if c["id"] != "colab"])
     assert 0.5 <= prose / code <= 1.3, f"{prose} cells of prose, {code} of code"
 
 
@@ -360,6 +362,13 @@ def test_maths_knows_neither_peft_nor_transformers() -> None:
     assert {m.partition(".")[0] for m in modules} & {"peft", "transformers", "accelerate", "datasets"} == set()
 
 
+def test_runs_name_no_task() -> None:
+    """Neither in code nor in words: a task says of itself how it differs. "alpaca" is also a form of prompts."""
+    word = re.compile(rf"\b({'|'.join(TASKS)}|glue)\b", re.I)
+    lines = [f"{p.name}: {line}" for p in PACKAGE.glob("runs/*.py") for line in p.read_text("utf-8").splitlines()]
+    assert [line for line in lines if word.search(line.replace('template: Template = "alpaca"', ""))] == []
+
+
 # The tests themselves
 
 
@@ -398,6 +407,23 @@ def test_wheel_metadata(installed: Path) -> None:
     for line in ("Name: lor2c", "License: Apache-2.0", "Provides-Extra: demo"):
         assert f"\n{line}\n" in text
     assert "lor2c = lor2c.cli.main:main" in metadata.with_name("entry_points.txt").read_text("utf-8")
+    github, site = "https://github.com/lor2c/lor2c", "https://lor2c.github.io/lor2c"
+    urls = dict(re.findall("^Project-URL: (.+), (.+)", text, re.M))
+    assert urls == {
+        "Documentation": site, "Source": github, "Issues": f"{github}/issues", "Changelog": f"{github}/blob/main/CHANGELOG.md",
+    }  # fmt: skip
+
+
+def test_readme_reads_well_on_a_package_index(installed: Path) -> None:
+    """Its links and pictures lead to pages and files that are there, by their whole address."""
+    [metadata] = installed.glob("*.dist-info/METADATA")
+    text = metadata.read_text("utf-8").partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)\s]+)", text)
+    assert len(links) > 30 and [link for link in links if not re.match("https://", link)] == []
+    of_site = [link.removeprefix("https://lor2c.github.io/lor2c/") for link in links if "lor2c.github.io" in link]
+    pages = {re.sub(r"/\d+_", "/", p.relative_to("nbs").with_suffix(".html").as_posix()) for p in notebooks()}
+    assert [link for link in of_site if link not in pages and not (ROOT / "nbs" / link).is_file()] == []
+    assert "images/lor2c.svg" in of_site and "[!" not in text
 
 
 READ = """

@@ -2,6 +2,7 @@
 
 import functools
 import html
+import inspect
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -32,8 +34,8 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the rendered site."""
-    repository = copy_repository(tmp_path_factory.mktemp("site") / "lor2c")
+    """The folder of the rendered site, of a checkout that stands below a folder with a leading dot."""
+    repository = copy_repository(tmp_path_factory.mktemp("site") / ".hidden/lor2c")
     run("python", "tools/docs.py", cwd=repository)
     return repository / "_docs"
 
@@ -72,7 +74,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 
 
 class Page(HTMLParser):
-    """The links, anchors and pictures of a page."""
+    """The links, anchors and pictures of a page, and its text."""
+
+    VOID = {"br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+    FETCHED = {"link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src"}
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -81,6 +86,12 @@ class Page(HTMLParser):
         self.neighbours: list[str] = []  # previous and next
         self.pictures: list[dict[str, str | None]] = []
         self.anchors: set[str] = {"", "top"}
+        self.fetched: list[str] = []
+        self.prose: list[str] = []  # without code, scripts and equations
+        self.code: list[str] = []
+        self.code_links: list[str] = []  # those of a block, other than to its own lines
+        self.text: list[str] = []
+        self.open: list[str] = []
         self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -91,6 +102,22 @@ class Page(HTMLParser):
         self.sidebar += [given["href"]] if "sidebar-link" in classes and given.get("href") else []
         self.neighbours += [given["href"]] if "pagination-link" in classes else []
         self.pictures += [given] if tag == "img" else []
+        link = given.get(self.FETCHED.get(tag, ""))
+        self.fetched += [link] if link and given.get("rel") not in ("canonical", "next", "prev") else []
+        link = given.get("href") or "#cb"
+        self.code_links += [link] if tag == "a" and "pre" in self.open and not link.startswith("#cb") else []
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.open:  # a paragraph needs no end
+            del self.open[len(self.open) - 1 - self.open[::-1].index(tag) :]
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text.append(data)
+            code = bool({"pre", "code"} & set(self.open))
+            self.code += [data] if code else []
+            self.prose += [] if code or "math" in self.open else [data]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +175,7 @@ def test_pages_open_in_colab(site: Path) -> None:
     for notebook in notebooks():
         text = (site / page_of(notebook)).read_text("utf-8")
         assert re.findall(rf'href="{where}([^"]*)"', text) == [notebook.as_posix()]
-        assert f"%cd lor2c/{notebook.parent.as_posix()}" in re.sub(r"<[^>]*>", "", text)
+        assert "google.colab" not in text  # the cell that sets it up there is not for readers here
 
 
 def test_pictures_say_what_they_show(site: Path, pages: dict[Path, Page]) -> None:
@@ -169,11 +196,65 @@ def test_equations_are_mathml(site: Path, pages: dict[Path, Page]) -> None:
 
 
 def test_there_is_a_copy_for_language_models(site: Path, pages: dict[Path, Page]) -> None:
+    """In reading order, each with what its page says of itself."""
     index = (site / "llms.txt").read_text("utf-8")
     assert index.startswith("# lor2c\n")
-    copies = re.findall(r"^- \[.+\]\(https://lor2c\.github\.io/lor2c/(\S+)\)", index, re.M)
-    assert {(site / c).resolve() for c in copies} == {p.with_suffix(".llms.md") for p in pages}
-    assert len(copies) == len(pages)
+    copies = re.findall(r"^- \[.+\]\(https://lor2c\.github\.io/lor2c/(\S+)\): \S+ \S+ ", index, re.M)
+    home = (site / "index.html").resolve()
+    order = [internal(home, link, site)[0] for link in pages[home].sidebar]
+    assert [(site / c).resolve() for c in copies] == [p.with_suffix(".llms.md") for p in order]
+    assert all((site / c).is_file() for c in copies)
+    sections = "Home", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
+    assert tuple(re.findall("^## (.+)", index, re.M)) == sections
+
+
+def test_no_markdown_is_left(site: Path, pages: dict[Path, Page]) -> None:
+    """Neither in prose nor as links in the code of a signature."""
+    raw = re.compile(r".{,40}(?:\]\(|\*\*|`|:::|\{\.|\]\{).{,40}")
+    link = re.compile(r".{,40}\]\((?:https?:|/|\.\./).{,40}")
+    found = {p: raw.findall("".join(page.prose)) + link.findall("".join(page.code)) for p, page in pages.items()}
+    assert {p.relative_to(site).as_posix(): f for p, f in found.items() if f} == {}
+    assert [link for page in pages.values() for link in page.code_links] == []
+
+
+def bare(text: str) -> str:
+    """Text without the signs that a renderer may set in another way: quotes, dashes, dots, spaces."""
+    for nice, plain in {"’": "'", "‘": "'", "“": '"', "”": '"', "–": "--", "…": "..."}.items():
+        text = text.replace(nice, plain)
+    return re.sub(r"[\s`]+", "", text)
+
+
+def test_docstrings_keep_their_formulas(site: Path, pages: dict[Path, Page]) -> None:
+    """The first paragraph of each entry is what `help` says, to the last `*`."""
+    lost, formulas = [], 0
+    for notebook in (n for n in notebooks() if "api" in n.parts):
+        page = (site / page_of(notebook)).resolve()
+        shown = bare("".join(pages[page].prose))
+        name = re.search(r"#\| default_exp ([\w.]+)", (ROOT / notebook).read_text("utf-8"))[1]
+        module = import_module(f"lor2c.{name}")
+        for name in module.__all__:
+            value = getattr(module, name)
+            if callable(value) and value.__module__ == module.__name__ and (said := inspect.getdoc(value)):
+                first = bare(re.sub("`[^`]*`", "", said.split("\n\n")[0]))
+                formulas += "*" in first
+                lost += [] if first in shown else [f"{module.__name__}.{name}: {said[:80]}"]
+    assert lost == [] and formulas > 3
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+    away = re.compile(r"(?:https?:)?//")
+    found = [f"{p.relative_to(site)}: {link}" for p, page in pages.items() for link in page.fetched if away.match(link)]
+    imported = re.compile(r"(?:@import\s*|url\(\s*)[\"']?(?:url\(\s*[\"']?)?((?:https?:)?//[^\"')\s]+)")
+    for css in site.rglob("*.css"):
+        found += [f"{css.relative_to(site)}: {link}" for link in imported.findall(css.read_text("utf-8"))]
+    assert found == []
+
+
+def test_a_stream_is_shown_whole(pages: dict[Path, Page]) -> None:
+    """A kernel sends it in pieces, and each would be a box of its own."""
+    output = r'<div class="cell-output {}">\s*<pre[^>]*>\s*<code>[^<]*</code></pre>\s*</div>\s*'
+    cut = re.compile(output.format("(cell-output-std[a-z]+)") + output.format(r"\1"))
+    assert [p for p in pages if cut.search(p.read_text("utf-8"))] == []
 
 
 def test_internal_names_are_shown_without_an_entry(site: Path, pages: dict[Path, Page]) -> None:
@@ -266,6 +347,7 @@ document.fonts.ready.then((fonts) => done({
     "no equation": all("main math").filter((m) => flat(m) && !m.closest("details:not([open])")).map(start),
     "no font for equations": all("main math").length && ![...fonts].some((f) =>
         f.family.includes("IBM Plex Math") && f.status === "loaded") ? ["IBM Plex Math"] : [],
+    "command cut off": all("main pre.sh").filter((e) => e.scrollWidth > e.clientWidth).map(start),
     "too long to be seen at once": all("main pre code").filter((c) => !flat(c) && c.innerText.trim().split("\\n").length > 40)
         .map((c) => c.innerText.slice(0, 80)),
 }));
@@ -273,9 +355,15 @@ document.fonts.ready.then((fonts) => done({
 # On a phone: what sticks out on the right and is in no box that scrolls, so that a reader never gets to see it.
 CUT_OFF = """
 document.querySelectorAll("main details").forEach((e) => { e.open = true; });
+const wide = (s) => [...document.querySelectorAll(s)].filter((e) => e.scrollWidth > e.clientWidth + 1);
+const clear = (e) => getComputedStyle(e).backgroundColor === "rgba(0, 0, 0, 0)";  // what is painted below it is seen
+const hints = (e) => getComputedStyle(e).backgroundAttachment.includes("local") && [...e.querySelectorAll("td")].every(clear);
 const scrolls = e => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
 return {
     "wider than a phone": document.documentElement.scrollWidth > 390 ? [document.documentElement.scrollWidth] : [],
+    "no hint that it goes on": wide("main table, main .cell-output pre:not(.sourceCode)").filter((e) => !hints(e))
+        .map((e) => e.outerHTML.slice(0, 100)),
+    "command cut off": wide("main pre.sh, main pre.prose").map((e) => e.outerHTML.slice(0, 100)),
     "cut off on a phone": [...document.querySelectorAll("main *")]
         .filter((e) => e.getBoundingClientRect().right > 391 && !scrolls(e)).map((e) => e.outerHTML.slice(0, 100)),
 };

@@ -36,6 +36,7 @@ def added_tasks() -> list[Task]:
     return [task for name, task in TASKS.items() if name not in _built_in]
 
 # %% ../../nbs/api/data/07_tasks.ipynb #54cbd960
-def own_settings() -> set[str]:
-    "The settings of a run that only some kinds of tasks have."
-    return {name for task in TASKS.values() for name in task.kind.own_settings}
+def own_settings() -> dict[str, list[str]]:
+    "The settings of a run that only some kinds of tasks have, each with the names of these tasks."
+    names = {name for task in TASKS.values() for name in task.kind.own_settings}
+    return {name: [t.name for t in TASKS.values() if name in t.kind.own_settings] for name in sorted(names)}

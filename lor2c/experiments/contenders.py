@@ -75,6 +75,6 @@ def check_used(changes: Mapping[str, Any], methods: Sequence[str]) -> None:
 def contender_run(task: str, contender: str, seed: int, model: str, shared: Mapping[str, Any]) -> Run:
     "The run of a contender, with those of the shared settings that the task and the method have."
     method, own = read_contender(contender)
-    foreign = own_settings() - set(find_task(task).kind.own_settings)
+    foreign = own_settings().keys() - set(find_task(task).kind.own_settings)
     given = {name: value for name, value in shared.items() if name not in foreign}
     return make_run(task, method, model, seed=seed, **fitting(given, method, own))

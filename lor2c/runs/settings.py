@@ -33,7 +33,7 @@ class Run:
     method: str  # one of METHODS
     model: str  # name on the hub, or folder, of the base model; or "minilm", "gemma-270m"
     epochs: int
-    batch_size: int  # rows of a step: on GLUE for each process, on alpaca for all together
+    batch_size: int  # rows of a step: for each process or for all together, as the task counts them
     max_length: int  # in tokens
     lr: float
     rank: int = 8
@@ -61,7 +61,7 @@ class Run:
     warmup: float = 0.06  # share of all steps
     max_train_samples: int | None = None  # that many, drawn with the seed; None: all
     seed: int = 17
-    micro_batch_size: int | None = None  # rows at a time, gradients added up; None: the batch, on alpaca at most 8
+    micro_batch_size: int | None = None  # rows at a time, gradients added up; None: the batch, or as many as the task allows
     checkpointing: bool = False  # compute activations again in backward rather than keep them
     held_out: int = 500  # rows of instruction data to score on
     template: Template = "alpaca"  # of instructions; "chat": the tokenizer's own
@@ -114,9 +114,9 @@ class Run:
     def _check_task(self) -> None:
         "Raises ValueError for an unknown task, for settings that its kind does not have, and for those that it refuses."
         kind = find_task(self.task).kind
-        for name in sorted(own_settings() - set(kind.own_settings)):
-            if getattr(self, name) != getattr(Run, name):
-                raise ValueError(f"{name} is for tasks such as 'alpaca', not for {self.task!r}")
+        for name, tasks in own_settings().items():
+            if self.task not in tasks and getattr(self, name) != getattr(Run, name):
+                raise ValueError(f"task {self.task!r} has no {name}: leave it out, or choose one of {', '.join(tasks)}")
         if kind.check:
             kind.check(self)
 

@@ -8,9 +8,10 @@ __all__ = ['Units', 'LoR2CConfig', 'ResLoRAConfig']
 # %% ../../nbs/api/tuners/02_config.ipynb #cee66b30
 import copy
 import functools
+import inspect
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from huggingface_hub import ModelCard
 from peft import PeftConfig
@@ -48,8 +49,10 @@ def _refuse_other_names(cls: type[_T], names: dict[str, str] = _OTHER_NAMES) -> 
 
 
 def _tell_arguments(cls: type[_T]) -> type[_T]:
-    "Class decorator for a dataclass: `help(cls)` tells what each argument with a `help` of its own means."
+    "Class decorator for a dataclass: `help(cls)` tells what each argument with a `help` of its own means, and its type."
     kind: Any = cls
+    # PEFT's are strings that only its own modules can read
+    inspect.unwrap(kind.__init__).__annotations__.update(get_type_hints(kind))
     told = [f for f in fields(kind) if f.name in kind.__annotations__ and f.metadata.get("help")]
     kind.__init__.__doc__ = "\n".join(f"{f.name} = {f.default!r}: {f.metadata['help']}" for f in told)
     return cls
