@@ -91,6 +91,9 @@ def fisher_metric(
     return torch.linalg.cholesky(moment)
 
 
-def predicted_cost(rest: Tensor, gradient: Tensor) -> float:
-    "How much the loss rises if each token's change lacks `rest`, by the curvature of the loss; both (n, d)."
-    return 0.5 * (rest * gradient).sum(-1).square().sum().item()
+def effects(
+    along: Tensor,  # gradient times what a change lacks, by token, (n, ...)
+    first: Tensor,  # what turns a scaled gradient into that of the loss, (n,)
+) -> tuple[Tensor, Tensor]:  # (...) each
+    "How far the loss moves to first and to second order."
+    return -torch.tensordot(first, along, 1), along.square().sum(0) / 2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.layout import Span
-from ..maths.regression import Fit, fisher_metric, fit_pair, predicted_cost
+from ..maths.regression import Fit, effects, fisher_metric, fit_pair
 from ..maths.units import in_units, rms
 from .wrappers import tuner_of
 from ..tuners.residual import hidden_states, pairs_of, residuals, scaling_of, stream_of, units_of, whole_tensor
@@ -73,7 +73,8 @@ class Seen(NamedTuple):
 
     x: Tensor  # what the span reads, (n, d)
     change: Tensor  # what its residuals change at its end, (n, d)
-    gradient: Tensor  # of the loss there, (n, d), so that half the sum of squares of gradient times error is in units of the loss
+    gradient: Tensor  # of the loss there, (n, d), scaled for its second order
+    first: Tensor  # what turns it into the first order's, (n,)
 
 # %% ../../nbs/api/training/04_fitted.ipynb #d3fba19a
 def see(
@@ -109,26 +110,27 @@ def _look(
             hook.remove()
     ends = [calls.outputs[layers[end]] for _, end in spans]
     gradients = [torch.zeros_like(end) for end in ends] if loss is None else torch.autograd.grad(loss, ends)
-    scale = math.sqrt(_terms(batch) / batches)
     return {
-        (start, end): _tokens(calls, [layers[i] for i in range(start, end + 1)], gradient * scale, masks_of(batch), most)
+        (start, end): _tokens(calls, [layers[i] for i in range(start, end + 1)], gradient, batch, most, batches)
         for (start, end), gradient in zip(spans, gradients, strict=True)
     }
 
 
 def _tokens(
-    calls: _Calls, layers: Sequence[nn.Module], gradient: Tensor, masks: Sequence[Tensor], most: int
+    calls: _Calls, layers: Sequence[nn.Module], gradient: Tensor, batch: Mapping[str, Any], most: int, batches: int
 ) -> Seen:
     "Evenly spaced real tokens around these layers."
     x, y = calls.inputs[layers[0]][0].detach(), calls.outputs[layers[-1]].detach()
     change = y - _plain(calls, layers)
+    masks, terms = masks_of(batch), _terms(batch)
     streams = [real_tokens(stream, masks).float() for stream in (x, change, gradient)]
     picked = torch.linspace(0, len(streams[0]) - 1, min(most, len(streams[0])), device=x.device).long()
     x, change, gradient = (stream[picked] for stream in streams)
     size = rms(x)
     # each token stands for as many as were left out
     share = len(streams[0]) / max(1, len(picked))
-    return Seen(x / size, change / size, gradient * size * math.sqrt(share))
+    second = math.sqrt(share * terms / batches)
+    return Seen(x / size, change / size, gradient * size * second, torch.full_like(size[:, 0], share / batches / second))
 
 
 def _terms(batch: Mapping[str, Any]) -> int:
@@ -157,7 +159,8 @@ def fit_merge(
     seen, pairs = see(model, name, [span], batches)[span], plain_pairs(tuner, name)
     prior = torch.cat([pairs[first][0], pairs[second][0]]), torch.cat([pairs[first][1], pairs[second][1]], 1)
     fit = fit_pair(seen.x, seen.change, len(pairs[first][0]), prior, fisher_metric(seen.gradient))
-    return fit, predicted_cost(fit.rest, seen.gradient)
+    along = (fit.rest * seen.gradient).sum(-1)
+    return fit, sum(effect.item() for effect in effects(along, seen.first))
 
 # %% ../../nbs/api/training/04_fitted.ipynb #c53b1c52
 @torch.no_grad()

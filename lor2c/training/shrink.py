@@ -7,13 +7,13 @@ __all__ = ['shrink']
 
 # %% ../../nbs/api/training/05_shrink.ipynb #bcb4b2f5
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..maths.layout import Layout, Span
-from ..maths.regression import Fit, fisher_metric, fit_pair
+from ..maths.layout import Span
+from ..maths.regression import Fit, effects, fisher_metric, fit_pair
 from .distributed import agreed
 from .fitted import plain_pairs, see, write_pair
 from .surgery import Change, operate
@@ -66,18 +66,22 @@ def shrink(
     check_amount(budget, tolerance)
     if tuner.peft_config[name].share:
         raise ValueError("ranks cannot differ with share=True: all residuals have one A")
-    fits = _directions(model, name, batches)
-    ranks = agreed(_ranks(fits, size(tuner, name), budget, tolerance))
     now, r = tuner.layout(name), tuner.peft_config[name].r
-    lower = [span for span in now.spans if ranks[span] < now.rank(span[0], r)]
-    after = _lowered(now, ranks, lower)
+    found = directions(model, name, batches, now.spans)
+    kept = agreed(_kept(found, size(tuner, name), budget, tolerance))
+    lower = [span for span in now.spans if len(kept[span]) < now.rank(span[0], r)]
+    after = now
+    for span in lower:
+        after = after.with_rank(span[0], len(kept[span]))
     counts = operate(model, optimizer, name, after) if lower else (size(tuner, name),) * 2
-    for span in (span for span in lower if ranks[span]):
-        A, B = agreed((fits[span].A[: ranks[span]].cpu(), fits[span].B[:, : ranks[span]].cpu()))
-        write_pair(tuner, name, span, A.to(fits[span].A), B.to(fits[span].B))
+    for span in (span for span in lower if kept[span]):
+        fit = found[span].fit
+        A, B = agreed((fit.A[kept[span]].cpu(), fit.B[:, kept[span]].cpu()))
+        write_pair(tuner, name, span, A.to(fit.A), B.to(fit.B))
+    gone = sum(found[span].rise.sum().item() - found[span].rise[kept[span]].sum().item() for span in now.spans)
     layers = (now.spans[0][0], now.spans[-1][1])
-    cost = sum(fits[span].energy[ranks[span] :].sum().item() for span in now.spans) / 2
-    return Change("shrink", layers, f"{sum(ranks.values())} directions, predicted to cost {cost:.4g}", after, counts)
+    left = sum(map(len, kept.values()))
+    return Change("shrink", layers, f"{left} directions, predicted to cost {gone:.4f}", after, counts)
 
 # %% ../../nbs/api/training/05_shrink.ipynb #385a64b3
 def check_amount(budget: float | None, tolerance: float | None) -> None:
@@ -90,38 +94,41 @@ def check_amount(budget: float | None, tolerance: float | None) -> None:
         raise ValueError(f"tolerance is how much the loss may rise, above 0, found {tolerance!r}")
 
 # %% ../../nbs/api/training/05_shrink.ipynb #ce4ec364
-def _directions(model: nn.Module, name: str, batches: Sequence[Mapping[str, Any]]) -> dict[Span, Fit]:
-    "Every residual's own pair, turned so that its directions are in order. Raises ValueError if nothing says what matters."
-    pairs, fits = plain_pairs(tuner_of(model), name), {}
-    for span, seen in see(model, name, list(pairs), batches).items():
+class Directions(NamedTuple):
+    "A pair turned so that its directions are apart, and what the loss does without each of them."
+
+    fit: Fit
+    price: Tensor  # to second order, (r,): what we rank by
+    rise: Tensor  # to both orders, (r,), never below the second: what we add up
+
+
+def directions(
+    model: nn.Module, name: str, batches: Sequence[Mapping[str, Any]], spans: Sequence[Span]
+) -> dict[Span, Directions]:
+    "The directions of these residuals. Raises ValueError if nothing says what they matter."
+    pairs, found = plain_pairs(tuner_of(model), name), {}
+    for span, seen in see(model, name, spans, batches).items():
         A, B = pairs[span]
         if (metric := fisher_metric(seen.gradient)) is None:
             raise ValueError("the loss doesn't depend on the residuals: pass batches with labels, and a trained adapter")
-        # the metric is of a mean over tokens, the price of a sum
-        fits[span] = fit_pair(seen.x, seen.x @ A.T @ B.T, len(A), (A, B), metric)
-    return fits
+        fit = fit_pair(seen.x, seen.x @ A.T @ B.T, len(A), (A, B), metric)
+        first, second = effects((seen.x @ fit.A.T) * (seen.gradient @ fit.B), seen.first)
+        found[span] = Directions(fit, second, second + first.clamp_min(0))
+    return found
 
-
-def _ranks(fits: Mapping[Span, Fit], numbers: int, budget: float | None, tolerance: float | None) -> dict[Span, int]:
-    "How many directions each residual keeps. Raises ValueError if a budget leaves nothing."
-    line = sorted((energy / 2, span) for span, fit in fits.items() for energy in fit.energy.tolist())
-    each = 2 * next(iter(fits.values())).A.shape[1]
+# %% ../../nbs/api/training/05_shrink.ipynb #20161e81
+def _kept(
+    found: Mapping[Span, Directions], numbers: int, budget: float | None, tolerance: float | None
+) -> dict[Span, list[int]]:
+    "Which directions each residual keeps. Raises ValueError if nothing would be left."
+    line = sorted((price, span, k) for span, of in found.items() for k, price in enumerate(of.price.tolist()))
+    each = 2 * next(iter(found.values())).fit.A.shape[1]
     if tolerance is not None:
-        spent = torch.tensor([cost for cost, _ in line], dtype=torch.float64).cumsum(0)
+        spent = torch.tensor([found[span].rise[k].item() for _, span, k in line], dtype=torch.float64).cumsum(0)
         go = int((spent <= tolerance).sum())
     else:
         go = -(-round(numbers * (1 - (budget or 0))) // each)
     if go >= len(line):
         least = f"at least {each / numbers:.3g}" if tolerance is None else "lower"
         raise ValueError(f"nothing would be left of {len(line)} directions: choose a budget or tolerance that is {least}")
-    ranks = {span: len(fit.energy) for span, fit in fits.items()}
-    for _, span in line[:go]:
-        ranks[span] -= 1
-    return ranks
-
-
-def _lowered(layout: Layout, ranks: Mapping[Span, int], lower: Sequence[Span]) -> Layout:
-    "The layout in which these residuals have these ranks."
-    for span in lower:
-        layout = layout.with_rank(span[0], ranks[span])
-    return layout
+    return {span: sorted(k for _, where, k in line[go:] if where == span) for span in found}
