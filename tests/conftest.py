@@ -103,6 +103,7 @@ MORE = (
     "tests/cli/test_main.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/cli/test_main.py::test_no_network_and_no_cache",
     "tests/cli/test_hostile.py::test_a_disk_that_takes_no_more",
+    "tests/cli/test_hostile.py::test_the_others_end_with_a_line_when_a_process_dies",
     "tests/cli/test_hostile.py::test_a_hub_that_does_not_answer_is_given_up_soon",
     "tests/cli/test_command_lines.py::test_many",
     *(f"tests/disk/test_checkpoints.py::test_a_{name}" for name in ("run", "damaged", "moved")),

@@ -115,6 +115,7 @@ def look(run) -> None:
     """Stand in for building a model: an adapter as asked, on a small one, and the callbacks' word on it."""
     decoder = run.task == "alpaca"
     base, config = build("Llama" if decoder else "BERT"), adapter_config(run, [] if decoder else ["classifier"])
+    assert (config is None) == (run.method == "full")
     model = base if config is None else get_peft_model(base, config)
     for callback in callbacks_of(run):
         if hasattr(callback, "check"):

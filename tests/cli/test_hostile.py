@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import refused
-from test_main import RUN
+from test_main import RUN, start
 from tiny import adapted, decoder_folder
 
 from lor2c.data.base import demo_model, load
@@ -207,3 +208,23 @@ def test_a_disk_that_takes_no_more(tmp_path, size):
     done = train("--resume" if (tmp_path / "run/run.json").exists() else "--seed=42")
     assert done.returncode == 0 and (tmp_path / "run/record.json").exists(), done.stderr
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["adapter", "record.json", "run.json"]
+
+
+def test_the_others_end_with_a_line_when_a_process_dies(glue_data, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [*RUN, "--epochs", "200", "--data-dir", glue_data, "--output-dir", tmp_path / "run"]
+    meeting = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first, second = (start(*command, env={**meeting, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01")
+    deadline = time.monotonic() + 200
+    while not any((tmp_path / "run/checkpoints").glob("checkpoint-*")):
+        assert first.poll() is second.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    second.kill()
+    _, said = first.communicate(timeout=200)
+    second.communicate()
+    assert first.returncode == 1 and "Traceback" not in said
+    assert (
+        "lor2c: error: another process of this run has ended, look at what it said: the same command with --resume"
+        in said
+    )

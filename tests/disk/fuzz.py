@@ -97,7 +97,10 @@ def in_tensors(folder: Path, rng: random.Random) -> str:
     lor2c = [name for name in tensors if "lor2c_" in name] or list(tensors)
     name = rng.choice(list(tensors) if sealed else lor2c)
     tensor = tensors[name]
-    kinds = ["gone", "renamed", "no prefix", "cut", "another type", "layer gone", "span", "more"] + ["values", "swapped"] * sealed
+    kinds = ["gone", "renamed", "no prefix", "cut", "another type", "layer gone", "span", "more"] + [
+        "values",
+        "swapped",
+    ] * sealed
     match kind := rng.choice(kinds):
         case "gone":
             del tensors[name]
@@ -123,7 +126,9 @@ def in_tensors(folder: Path, rng: random.Random) -> str:
         case "swapped":
             other = rng.choice([n for n in tensors if tensors[n].shape == tensor.shape])
             tensors[name], tensors[other] = tensors[other].clone(), tensor.clone()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata if sealed else {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata if sealed else {"format": "pt"}
+    )
     return f"{kind}, {name}, {'sealed' if sealed else 'not sealed'}"
 
 
@@ -211,7 +216,11 @@ def fuzz(first: int = 0, damages: int = 5000, seconds: float = float("inf")) -> 
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         whole, base = adapters(Path(place) / "whole"), build("BERT")
-        wanted = {(name, door): loaded(folder, base, door) for name, folder in whole.items() for door in ("PEFT", "transformers")}
+        wanted = {
+            (name, door): loaded(folder, base, door)
+            for name, folder in whole.items()
+            for door in ("PEFT", "transformers")
+        }
         for number in range(first, first + damages):
             if time.monotonic() > end:
                 break

@@ -73,7 +73,9 @@ def test_a_flipped_bit_is_seen_at_every_door(tmp_path):
     build("BERT").save_pretrained(tmp_path / "base")
     _, file = moved(tmp_path / "adapter")
     config = json.loads((file.parent / "adapter_config.json").read_text())
-    (file.parent / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")}))
+    (file.parent / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(tmp_path / "base")})
+    )
 
     def resume():
         arguments = TrainingArguments(tmp_path / "run", max_steps=1, report_to=[], use_cpu=True)
@@ -140,3 +142,13 @@ def test_other_methods_are_left_alone(tmp_path):
     rewrite(tmp_path / "adapter_model.safetensors", lambda tensors: tensors.popitem(), sealed=False)
     with pytest.warns(UserWarning, match="missing adapter keys"):
         PeftModel.from_pretrained(build("BERT"), tmp_path)
+
+
+def test_a_configuration_is_the_same_after_resuming(tmp_path):
+    """The tensors tell an alpha as a float, and 16.0 was written for 16."""
+    moved(tmp_path / "first")
+    again = adapted("BERT")
+    again.load_adapter(str(tmp_path / "first"), "default", is_trainable=True)
+    again.save_pretrained(tmp_path / "second")
+    first, second = ((tmp_path / name / "adapter_config.json").read_text() for name in ("first", "second"))
+    assert json.loads(first)["injected"] == {"3": [1, 4]} and second == first
