@@ -86,6 +86,7 @@ class Filter(FilterDefaults):
     def __call__(self, nb: dict) -> None:
         module = module_line(nb)  # nbdev takes the directive that names it out
         shown = [cell for cell in nb.cells if cell.get("id") != "colab"]
+        shown.append(mk_cell("", "markdown"))  # nbdev looks at the cell after each exported one, and does not ask for it
         nb.cells = [NbCell(i, c) for i, c in enumerate(piece for cell in shown for piece in pieces(cell))]
         super().__call__(nb)
         for cell in nb.cells:
