@@ -118,8 +118,8 @@ def _check_hub(name: str) -> None:
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
             _soon(lambda: model_info(name))
     except Exception as error:  # noqa: BLE001, the hub client's errors are those of its HTTP library
-        why = first_line(error)
-        raise OSError(f"model {name!r} is no folder, not in the cache, and not to be had: {why}. {_advice}") from error
+        missing = f"model {name!r} is no folder, not in the cache, and not to be had"
+        raise OSError(f"{missing}: {first_line(error)}. {_advice}") from error
 
 
 def no_dataset(name: str) -> str:

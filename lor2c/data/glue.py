@@ -96,6 +96,15 @@ def _check_rows(data: Dataset, task: Task, file: Path) -> None:
             f"{file} has no column {', '.join(missing)}: it has {', '.join(data.column_names)}, "
             f"and {task.name} needs {', '.join(task.columns)}, label"
         )
+    _check_values(data, task, file)
+    unknown = set(data.unique("label")) - set(range(task.num_labels)) if task.labels else set()
+    if unknown:
+        allowed = ", ".join(f"{i} {label}" for i, label in enumerate(task.labels))
+        raise ValueError(f"{file} has rows of label {', '.join(map(str, unknown))}: allowed are {allowed}")
+
+
+def _check_values(data: Dataset, task: Task, file: Path) -> None:
+    "Raises ValueError for no rows, and for columns that lack values or have others than texts and numbers."
     if not len(data):
         raise ValueError(f"{file} has no rows")
     for column, kind in {**dict.fromkeys(task.columns, "texts"), "label": "numbers"}.items():
@@ -104,10 +113,6 @@ def _check_rows(data: Dataset, task: Task, file: Path) -> None:
             raise ValueError(f"{file} has {found} in column {column}: {task.name} needs {kind}")
         if values.null_count or (kind == "numbers" and not np.isfinite(values.to_numpy()).all()):
             raise ValueError(f"{file} has rows without a value in column {column}: take them out")
-    unknown = set(data.unique("label")) - set(range(task.num_labels)) if task.labels else set()
-    if unknown:
-        allowed = ", ".join(f"{i} {label}" for i, label in enumerate(task.labels))
-        raise ValueError(f"{file} has rows of label {', '.join(map(str, unknown))}: allowed are {allowed}")
 
 
 def _kind_of(kind: pa.DataType) -> str:

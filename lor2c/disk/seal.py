@@ -26,8 +26,7 @@ from ..maths.layout import Injection, Layout
 def _digest_of(tensors: dict[str, Tensor]) -> str:
     "The SHA-256 of the tensors, whatever their order."
     total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+    for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

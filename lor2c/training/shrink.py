@@ -31,33 +31,20 @@ def shrink(
 ) -> Change:
     """Lower the ranks of a trained adapter's residuals, the directions that matter least to the loss first.
 
-    Injected LoRA stays as it is. Pairs that change are new parameters, whose optimizer state starts afresh.
+    Injected LoRA stays as it is. Pairs that change are new parameters, and their optimizer state starts afresh.
 
     Args:
         model: A PEFT model with LoR2C whose pairs A (r, d) and B (d, r) have been trained.
         batches: Arguments of the model by name, with labels; a few hundred tokens of the training data.
         budget: The share of the adapter's numbers that may stay, above 0 and below 1.
-        tolerance: How much the loss may rise by prediction, in units of the loss, above 0.
+        tolerance: How much the loss may rise by prediction, above 0.
         optimizer: The optimizer of the run, torch's or accelerate's around it.
         adapter_name: The adapter to change; the active one if None.
 
     Raises:
-        ValueError: Not exactly one of budget and tolerance is given, or it is out of range, or nothing would be left. There
-            are no batches, they have no labels, or all residuals share one A.
+        ValueError: Not exactly one of budget and tolerance can be used, nothing would be left, there are no batches, they
+            have no labels, or all residuals share one A.
         TypeError: This model's structure, or this optimizer, can't change.
-
-    >>> import lor2c, peft, torch, transformers
-    >>> tiny = transformers.LlamaConfig(
-    ...     hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, vocab_size=32
-    ... )
-    >>> model = peft.get_peft_model(transformers.LlamaForCausalLM(tiny), lor2c.LoR2CConfig(r=4))
-    >>> for name, p in model.named_parameters():
-    ...     if "lor2c_B" in name:
-    ...         _ = torch.nn.init.normal_(p, std=0.1)
-    >>> tokens = torch.arange(32).view(2, 16)
-    >>> change = lor2c.shrink(model, [dict(input_ids=tokens, labels=tokens)], budget=0.5)
-    >>> change.parameters
-    (512, 256)
 
     Source: ours.
     """
@@ -66,22 +53,8 @@ def shrink(
     check_amount(budget, tolerance)
     if tuner.peft_config[name].share:
         raise ValueError("ranks cannot differ with share=True: all residuals have one A")
-    now, r = tuner.layout(name), tuner.peft_config[name].r
-    found = directions(model, name, batches, now.spans)
-    kept = agreed(_kept(found, size(tuner, name), budget, tolerance))
-    lower = [span for span in now.spans if len(kept[span]) < now.rank(span[0], r)]
-    after = now
-    for span in lower:
-        after = after.with_rank(span[0], len(kept[span]))
-    counts = operate(model, optimizer, name, after) if lower else (size(tuner, name),) * 2
-    for span in (span for span in lower if kept[span]):
-        fit = found[span].fit
-        A, B = agreed((fit.A[kept[span]].cpu(), fit.B[:, kept[span]].cpu()))
-        write_pair(tuner, name, span, A.to(fit.A), B.to(fit.B))
-    gone = sum(found[span].rise.sum().item() - found[span].rise[kept[span]].sum().item() for span in now.spans)
-    layers = (now.spans[0][0], now.spans[-1][1])
-    left = sum(map(len, kept.values()))
-    return Change("shrink", layers, f"{left} directions, predicted to cost {gone:.4f}", after, counts)
+    found = directions(model, name, batches, tuner.layout(name).spans)
+    return _cut(model, name, found, agreed(_kept(found, size(tuner, name), budget, tolerance)), optimizer)
 
 # %% ../../nbs/api/training/05_shrink.ipynb #385a64b3
 def check_amount(budget: float | None, tolerance: float | None) -> None:
@@ -132,3 +105,22 @@ def _kept(
         least = f"at least {each / numbers:.3g}" if tolerance is None else "lower"
         raise ValueError(f"nothing would be left of {len(line)} directions: choose a budget or tolerance that is {least}")
     return {span: sorted(k for _, where, k in line[go:] if where == span) for span in found}
+
+# %% ../../nbs/api/training/05_shrink.ipynb #bb18f5af
+def _cut(
+    model: nn.Module, name: str, found: Mapping[Span, Directions], kept: Mapping[Span, list[int]], optimizer: Any
+) -> Change:
+    "Leave these directions of each residual."
+    tuner = tuner_of(model)
+    now = after = tuner.layout(name)
+    lower = [span for span in now.spans if len(kept[span]) < len(found[span].price)]
+    for span in lower:
+        after = after.with_rank(span[0], len(kept[span]))
+    counts = operate(model, optimizer, name, after) if lower else (size(tuner, name),) * 2
+    for span in (span for span in lower if kept[span]):
+        fit = found[span].fit
+        A, B = agreed((fit.A[kept[span]].cpu(), fit.B[:, kept[span]].cpu()))
+        write_pair(tuner, name, span, A.to(fit.A), B.to(fit.B))
+    gone = sum((found[span].rise.sum() - found[span].rise[kept[span]].sum()).item() for span in now.spans)
+    left = f"{sum(map(len, kept.values()))} directions, predicted to cost {gone:.4f}"
+    return Change("shrink", (now.spans[0][0], now.spans[-1][1]), left, after, counts)

@@ -58,18 +58,15 @@ def merge_modules(
     Args:
         model: A PEFT model with LoR2C, pairs A (r, d) and B (d, r); it may be inside DistributedDataParallel.
         first, second: The layers, counted from 0, in which the lower residual and its neighbour begin.
-        keep: Whose A and B go on: those of the residual with more information, of the first, or of the second. Or
-            "fitted": a pair that comes closest to what both did on `batches`, in the place of the first's.
+        keep: Whose A and B go on, or "fitted": a pair that comes closest to what both did on `batches`.
         optimizer: The optimizer of the run, torch's or accelerate's around it; the pair's state goes on as well.
         score, k: How information is measured: by SFS, with r // 2 for k if None, or by the mean singular value.
-        adapter_name: The adapter to change; the active one if None.
-        batches: For "fitted": arguments of the model by name, with labels, a few hundred tokens of the training data.
+        adapter_name: The adapter; the active one if None.
+        batches: For "fitted": arguments of the model by name, with labels; a few hundred tokens.
 
     Raises:
-        ValueError: The two are no neighbours, the optimizer lacks the adapter, or a name or `k` can't be. A pair can't be
-            fitted, because there are no batches or all residuals share one A.
-        TypeError: This model's structure, or this optimizer, can't change.
-        FloatingPointError: Training diverged.
+        ValueError: The two are no neighbours, the optimizer lacks the adapter, a name or `k` can't be, or nothing can be fitted.
+        TypeError, FloatingPointError: This model or optimizer can't change, or training diverged.
 
     >>> import lor2c, peft, transformers
     >>> tiny = transformers.BertConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, vocab_size=32)
@@ -80,15 +77,10 @@ def merge_modules(
     Source: LoR2C section III-D; "fitted" is ours.
     """
     tuner, name = _adapter(model, adapter_name)
-    now = tuner.layout(name)
-    after = now.merge(first, second)
-    kept, source = _kept(tuner, name, first, second, keep, score, k)
-    new, r = after.span_from(first), tuner.peft_config[name].r
-    after = after.with_rank(first, now.rank(source[0], r)) if now.ranks else after
-    fit = _fitted(model, name, source, now.span_from(second), batches) if kept == "fitted" else None
-    counts = operate(model, optimizer, name, after, {new: source})
-    if fit:
-        write_pair(tuner, name, new, *fit)
+    kept, source, after = _kept(tuner, name, first, second, keep, score, k)
+    new, other = after.span_from(first), tuner.layout(name).span_from(second)
+    fit = _fitted(model, name, source, other, batches) if kept == "fitted" else None
+    counts = operate(model, optimizer, name, after, {new: source}, fit)
     return Change("merge", new, f"{kept} [{source[0]}..{source[1]}]", after, counts)
 
 
@@ -111,13 +103,20 @@ def _adapter(model: nn.Module, name: str | None) -> tuple[LoR2CModel, str]:
 
 def _kept(
     tuner: LoR2CModel, name: str, first: int, second: int, keep: Keep, score: Score, k: int | None
-) -> tuple[str, Span]:  # "first", "second" or "fitted", the span whose place in the optimizer it takes
-    "Whose pair a merge keeps. Raises ValueError for an unknown `keep` or score, FloatingPointError if training diverged."
+) -> tuple[str, Span, Layout]:  # "first", "second" or "fitted", the span whose place in the optimizer it takes, the new layout
+    """Whose pair a merge keeps. Raises ValueError for residuals that are no neighbours and for an unknown `keep` or score.
+
+    Raises FloatingPointError if training diverged."""
     one_of("keep", keep, get_args(Keep))
+    now = tuner.layout(name)
+    after = now.merge(first, second)
     if keep == "more_information":
         information = scores_of(tuner, score, k, name)
         keep = "first" if information[first] >= information[second] else "second"
-    return keep, tuner.layout(name).span_from(second if keep == "second" else first)
+    source = now.span_from(second if keep == "second" else first)
+    if now.ranks:
+        after = after.with_rank(first, now.rank(source[0], tuner.peft_config[name].r))
+    return keep, source, after
 
 # %% ../../nbs/api/training/04_surgery.ipynb #02afc14e
 def inject_lora(
@@ -167,6 +166,7 @@ def operate(
     name: str,  # of the adapter
     after: Layout,
     moved: Mapping[Span, Span] | None = None,  # new span -> the old one whose pair it takes over
+    fit: tuple[Tensor, Tensor] | None = None,  # A (r, d) and scaling * B (d, r), for what is moved
 ) -> tuple[int, int]:  # parameters of the adapter, before and after
     "Give an adapter its new layout, and tell everything that holds on to its parameters."
     tuner = tuner_of(model)
@@ -184,6 +184,9 @@ def operate(
         heirs = {new: pairs[source] for new, source in (moved or {}).items()}
         _tell_optimizer(inner, model, name, hosts, heirs)
     _tell_wrappers(wrappers)
+    if fit is not None:
+        for span in moved or ():
+            write_pair(tuner, name, span, *fit)
     return before, size(tuner, name)
 
 # %% ../../nbs/api/training/04_surgery.ipynb #7fab4db0

@@ -102,6 +102,7 @@ class LoR2CModel(_Saved):
             measure_next(model)
         if config.share:
             tie(self.model, adapter_name)
+        _take_units(self, adapter_name)
 
     # narrower than PEFT's: it hands a tuner the configurations of its own kind
     def _prepare_adapter_config(  # type: ignore[override]
@@ -183,6 +184,14 @@ def _activate_everywhere(tuner: LoR2CModel) -> None:
     for module in tuner.model.modules():
         if isinstance(module, tuner.tuner_layer_cls):
             module.set_adapter(tuner.active_adapters, inference_mode=frozen)
+
+
+def _take_units(tuner: LoR2CModel, name: str) -> None:
+    "Give a new adapter the units of one that has the very same configuration object: TRL makes a reference so."
+    twins = [other for other, its in tuner.peft_config.items() if its is tuner.peft_config[name] and other != name]
+    for _, residual in residuals(tuner.model):
+        if twins and name in residual.lor2c_units and twins[0] in residual.lor2c_units:
+            residual.lor2c_units[name] = residual.lor2c_units[twins[0]].clone()
 
 # %% ../../nbs/api/tuners/09_lor2c.ipynb #410cccf2
 register("lor2c", LoR2CConfig, LoR2CModel)

@@ -23,18 +23,6 @@ def active_adapter(model: nn.Module) -> str:
     active, _ = switched
     return active if isinstance(active, str) else active[0]
 
-# %% ../../nbs/api/tuners/06_switches.ipynb #60630d7f
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    "Put a model in eval mode for a while. Every module gets back the mode it had."
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
 # %% ../../nbs/api/tuners/06_switches.ipynb #094f5fd9
 def switches(model: nn.Module) -> tuple[Any, bool] | None:
     "Which adapters are active, and whether all are off, as the model's modules note it. None without adapters."
@@ -47,3 +35,15 @@ def switch(new: Iterable[BaseTunerLayer], switched: tuple[Any, bool] | None) -> 
     for module in new:
         if switched is not None:
             module._active_adapter, module._disable_adapters = switched
+
+# %% ../../nbs/api/tuners/06_switches.ipynb #60630d7f
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    "Put a model in eval mode for a while. Every module gets back the mode it had."
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
