@@ -80,6 +80,7 @@ def test_code_that_you_trust_is_run(glue_data, tmp_path, base_with_code):
 WAIT = """
 import sys, time
 import lor2c.cli.train
+from lor2c.cli.main import main
 began = time.monotonic()
 try:
     main(sys.argv[1:])

@@ -139,7 +139,10 @@ def test_two_at_a_time(glue_data, undisturbed, tmp_path):
     wait_until_gone(process)
 
     process = start(*command)
-    workers = psutil.Process(process.pid).children
+
+    def workers() -> list[psutil.Process]:
+        return [p for p in psutil.Process(process.pid).children() if p.status() != psutil.STATUS_ZOMBIE]
+
     wait_for(process, lambda: sum("popen_loky" in " ".join(p.cmdline()) for p in workers()) == 2)
     next(p for p in workers() if "popen_loky" in " ".join(p.cmdline())).kill()
     out, err = process.communicate(timeout=300)
