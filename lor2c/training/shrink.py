@@ -79,6 +79,8 @@ def directions(
     model: nn.Module, name: str, batches: Sequence[Mapping[str, Any]], spans: Sequence[Span]
 ) -> dict[Span, Directions]:
     "The directions of these residuals. Raises ValueError if nothing says what they matter."
+    if not spans:
+        raise ValueError("the adapter has no residual whose rank could be lowered: all of its layers have injected LoRA")
     pairs, found = plain_pairs(tuner_of(model), name), {}
     for span, seen in see(model, name, spans, batches).items():
         A, B = pairs[span]
