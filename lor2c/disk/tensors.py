@@ -44,11 +44,11 @@ def tensors_by_layer(
             tensors.setdefault((match["path"], int(match["end"])), {})[match["part"]] = tensor
     if shared:
         _spread(tensors)
-    for (path, end), parts in tensors.items():
+    for (path, end), parts in sorted(tensors.items()):
         if missing := {"A", "B", "span"} - parts.keys():
             one_A = not shared and sum("A" in other for other in tensors.values()) == 1
             raise ValueError(
-                f"the checkpoint is damaged: lor2c_{missing.pop()} of layer {path}.{end} is missing"
+                f"the checkpoint is damaged: lor2c_{min(missing)} of layer {path}.{end} is missing"
                 + (", or it was saved with share=True" if one_A else "")
             )
     return tensors
