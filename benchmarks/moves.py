@@ -59,7 +59,7 @@ def jumps(model, name: str, first, second, train, held, before: float) -> dict[s
     tuner.set_layout(half)
     for span in (first, second):
         best = of[span].price.topk(tuner.peft_config[name].r // 2).indices
-        write_pair(tuner, name, span, of[span].fit.A[best], of[span].fit.B[:, best])
+        write_pair(tuner, name, span, of[span].A[best], of[span].B[:, best])
     found["half the rank"] = loss_of(model, held) - before
     undone()
     tuner.set_layout(now.with_rank(first[0], 0).with_rank(second[0], 0))

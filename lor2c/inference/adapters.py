@@ -104,7 +104,7 @@ def _draw(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
 # %% ../../nbs/api/inference/00_adapters.ipynb #21ef321c
 def _span_lines(parts: dict[str, Tensor], scaling: float, shared: bool) -> dict[int, str]:  # layer -> its line
     "A residual over the layers that it spans."
-    start, end, _ = parts["span"].tolist()
+    start, end = parts["span"].tolist()[:2]
     lines = {t: "\u2502" for t in range(start, end)} | {start: "\u2514" if start < end else "\u2576"}
     return lines | {end: ("\u250c" if start < end else "\u2500") + f" {_pair_line(parts, scaling, shared)}"}
 

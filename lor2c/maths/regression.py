@@ -97,3 +97,17 @@ def effects(
 ) -> tuple[Tensor, Tensor]:  # (...) each
     "How far the loss moves to first and to second order."
     return -torch.tensordot(first, along, 1), along.square().sum(0) / 2
+
+# %% ../../nbs/api/maths/07_regression.ipynb #5c09b4fd
+@torch.no_grad()
+def turn_pair(
+    x: Tensor,  # tokens that the pair reads, (n, d)
+    A: Tensor,  # (r, d)
+    B: Tensor,  # (d, r)
+    metric: Tensor,  # L (d, d), as in `fit_pair`
+) -> tuple[Tensor, Tensor]:  # (r, d), (d, r), whose product is B A
+    "The same pair, written so that its directions are apart on these tokens, the strongest first."
+    Q, R = torch.linalg.qr(metric.T @ B)
+    read = x @ A.T
+    rotation = torch.linalg.eigh(R @ (read.T @ read) @ R.T).eigenvectors.flip(1)
+    return rotation.T @ R @ A, torch.linalg.solve_triangular(metric.T, Q @ rotation, upper=True)

@@ -211,8 +211,8 @@ def epoch_length(
         return None
 
 # %% ../../nbs/api/training/05_decisions.ipynb #f8ced8fd
-def sample_batches(loader: Any, size: int, rows: int = 64) -> list[dict[str, Any]]:
-    "Batches of so many evenly spaced rows of a data loader. Raises ValueError if its data has no length."
+def sample_batches(loader: Any, size: int, rows: int, device: torch.device) -> list[dict[str, Any]]:
+    "Batches of so many evenly spaced rows of a data loader, on a device. Raises ValueError if its data has no length."
     try:
         n = len(loader.dataset)
     except (AttributeError, TypeError):
@@ -221,4 +221,5 @@ def sample_batches(loader: Any, size: int, rows: int = 64) -> list[dict[str, Any
         ) from None
     picked = [loader.dataset[i * n // rows] for i in range(rows)] if n > rows else [loader.dataset[i] for i in range(n)]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return [dict(loader.collate_fn(picked[i : i + size])) for i in range(0, len(picked), size)]
+        batches = [dict(loader.collate_fn(picked[i : i + size])) for i in range(0, len(picked), size)]
+    return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in batches]

@@ -270,8 +270,8 @@ class IMCallback(_Loop, TrainerCallback, ExportableState):
                 "the structure cannot change under nn.DataParallel: start one process per GPU with torchrun"
             )
         per_epoch = epoch_length(train_dataloader, args.gradient_accumulation_steps)
-        batches = sample_batches(train_dataloader, args.train_batch_size) if self.settings.looks else []
-        batches = [{k: v.to(args.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()} for batch in batches]
+        how = train_dataloader, args.train_batch_size, 64, args.device
+        batches = sample_batches(*how) if self.settings.looks else []
         self.begin(model, state.max_steps, per_epoch, optimizer, state.global_step, batches)
 
     def on_pre_optimizer_step(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maths.layout import Span
-from ..maths.regression import Fit, effects, fisher_metric, fit_pair
+from ..maths.regression import effects, fisher_metric, turn_pair
 from .distributed import agreed
 from .fitted import plain_pairs, see, write_pair
 from .surgery import Change, operate
@@ -70,7 +70,8 @@ def check_amount(budget: float | None, tolerance: float | None) -> None:
 class Directions(NamedTuple):
     "A pair turned so that its directions are apart, and what the loss does without each of them."
 
-    fit: Fit
+    A: Tensor  # (r, d)
+    B: Tensor  # (d, r)
     price: Tensor  # to second order, (r,): what we rank by
     rise: Tensor  # to both orders, (r,), never below the second: what we add up
 
@@ -86,9 +87,9 @@ def directions(
         A, B = pairs[span]
         if (metric := fisher_metric(seen.gradient)) is None:
             raise ValueError("the loss doesn't depend on the residuals: pass batches with labels, and a trained adapter")
-        fit = fit_pair(seen.x, seen.x @ A.T @ B.T, len(A), (A, B), metric)
-        first, second = effects((seen.x @ fit.A.T) * (seen.gradient @ fit.B), seen.first)
-        found[span] = Directions(fit, second, second + first.clamp_min(0))
+        A, B = turn_pair(seen.x, A, B, metric)
+        first, second = effects((seen.x @ A.T) * (seen.gradient @ B), seen.first)
+        found[span] = Directions(A, B, second, second + first.clamp_min(0))
     return found
 
 # %% ../../nbs/api/training/05_shrink.ipynb #20161e81
@@ -97,7 +98,7 @@ def _kept(
 ) -> dict[Span, list[int]]:
     "Which directions each residual keeps. Raises ValueError if nothing would be left."
     line = sorted((price, span, k) for span, of in found.items() for k, price in enumerate(of.price.tolist()))
-    each = 2 * next(iter(found.values())).fit.A.shape[1]
+    each = 2 * next(iter(found.values())).A.shape[1]
     if tolerance is not None:
         spent = torch.tensor([found[span].rise[k].item() for _, span, k in line], dtype=torch.float64).cumsum(0)
         go = int((spent <= tolerance).sum())
@@ -120,9 +121,9 @@ def _cut(
         after = after.with_rank(span[0], len(kept[span]))
     counts = operate(model, optimizer, name, after) if lower else (size(tuner, name),) * 2
     for span in (span for span in lower if kept[span]):
-        fit = found[span].fit
-        A, B = agreed((fit.A[kept[span]].cpu(), fit.B[:, kept[span]].cpu()))
-        write_pair(tuner, name, span, A.to(fit.A), B.to(fit.B))
+        turned = found[span]
+        A, B = agreed((turned.A[kept[span]].cpu(), turned.B[:, kept[span]].cpu()))
+        write_pair(tuner, name, span, A.to(turned.A), B.to(turned.B))
     gone = sum((found[span].rise.sum() - found[span].rise[kept[span]].sum()).item() for span in now.spans)
     left = f"{sum(map(len, kept.values()))} directions, predicted to cost {gone:.4f}"
     return Change("shrink", (now.spans[0][0], now.spans[-1][1]), left, after, counts)

@@ -73,6 +73,30 @@ def test_a_run_leaves_a_record_and_an_adapter(undisturbed):
     assert sum(t.numel() for k, t in tensors.items() if "lor2c_A" in k or "lor2c_B" in k) == 36_864
 
 
+def test_half_of_a_finished_run(glue_data, undisturbed, tmp_path, capsys):
+    """`lor2c shrink` leaves half of the numbers in a folder of its own, and the run as it was."""
+    before = result(undisturbed)[0]
+    main(["shrink", str(undisturbed), "--output-dir", str(tmp_path / "half"), "--budget", "0.5", "--rows", "16"])
+    record, tensors = result(tmp_path / "half")
+    assert f"accuracy {before['metrics']['best']['accuracy']:.4f} -> " in capsys.readouterr().out
+    assert sum(t.numel() for k, t in tensors.items() if "lor2c_A" in k or "lor2c_B" in k) == 18_432
+    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == ["adapter", "record.json"]
+    assert record["adapter_parameters"] == 18_432 and result(undisturbed)[0] == before
+    main(["inspect", str(tmp_path / "half")])
+    assert "18,432 in residuals" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_shrink(glue_data, undisturbed, tmp_path, capsys):
+    """One line for too small a budget and for another method, and nothing is left behind."""
+    new = tmp_path / "new"
+    assert "nothing would be left" in refused(capsys, "shrink", undisturbed, "--output-dir", new, "--budget", "1e-6")
+    assert not new.exists()
+    lora = tmp_path / "lora"
+    main([*RUN, "--method", "lora", "--epochs", "1", "--data-dir", str(glue_data), "--output-dir", str(lora)])
+    assert "LoR2C model is needed" in refused(capsys, "shrink", lora, "--output-dir", new, "--budget", "0.5")
+    assert not new.exists()
+
+
 def test_killed_and_resumed_is_the_undisturbed_run(capsys, glue_data, undisturbed, tmp_path):
     """SIGKILL after an epoch's checkpoint; --resume ends with the same bits and the same history. No second one beside it."""
     folder = tmp_path / "run"
