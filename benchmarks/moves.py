@@ -1,101 +1,169 @@
-"""What a move costs: the jump of the held-out loss for each pair of neighbours, merged as in the paper, merged by a fit, and
-with both ranks halved, which leaves as many numbers as the merge.
+"""How much the loss rises by each move on a trained adapter, and what was predicted.
 
-    python benchmarks/moves.py ADAPTER --model FOLDER --data-dir ALPACA --output results/moves.jsonl --name NAME
+    python benchmarks/moves.py RUN --output results/moves.jsonl --name NAME [--device cuda]
 
-ADAPTER is one that `lor2c alpaca` has trained. All three start from the same weights and are undone afterwards.
+RUN is the folder of a finished `lor2c` run. For each pair of neighbours: merged as in the paper, merged by a fit, and with both
+ranks halved, which leaves as many numbers as a merge. For every third layer: LoRA injected as in the paper, injected LoRA
+that was fitted to what the residual did, the rank halved, and no residual at all. All start from the same weights, in float32,
+and are undone afterwards.
 """
 
 import argparse
+import copy
 import json
+import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import DataCollatorForSeq2Seq
+from torch import nn
 
-from lor2c.data.base import load_decoder
-from lor2c.runs.build import load_data
-from lor2c.runs.recipes import make_run
-from lor2c.training.fitted import fit_merge, write_pair
+from lor2c.runs.again import reopen
+from lor2c.runs.train import make_trainer
+from lor2c.training.decisions import sample_batches
+from lor2c.training.fitted import fit_seen, see, write_pair
 from lor2c.training.scores import scores_of
 from lor2c.training.shrink import directions
-from lor2c.training.surgery import merge_modules
+from lor2c.training.surgery import inject_lora, merge_modules
+from lor2c.tuners.residual import residuals
 
 
-def batches(rows, collate, n: int, size: int = 8) -> list[dict[str, torch.Tensor]]:
-    "n evenly spaced rows in batches."
-    picked = [rows[i * len(rows) // n] for i in range(n)]
-    return [dict(collate(picked[i : i + size])) for i in range(0, n, size)]
+def labels_of(batch: dict) -> int:
+    "How many terms the loss of a batch is the mean of."
+    labels = batch["labels"]
+    return int((labels[:, 1:] != -100).sum()) if labels.dim() > 1 else len(labels)
 
 
 @torch.no_grad()
-def loss_of(model, held: list[dict[str, torch.Tensor]]) -> float:
-    "Mean loss of a response token."
+def loss_of(model, held: list[dict]) -> float:
+    "Mean loss over all labels."
     model.eval()
-    total = tokens = 0
-    for batch in held:
-        n = int((batch["labels"][:, 1:] != -100).sum())
-        total, tokens = total + model(**batch).loss.item() * n, tokens + n
-    return total / tokens
+    sizes = [labels_of(batch) for batch in held]
+    return sum(model(**batch).loss.item() * n for batch, n in zip(held, sizes, strict=True)) / sum(sizes)
 
 
-def jumps(model, name: str, first, second, train, held, before: float) -> dict[str, float]:
-    "How much the loss rises by each way to save one pair of numbers, of these two neighbours."
-    tuner, found = model.base_model, {}
-    now, weights = tuner.layout(), {k: v.clone() for k, v in model.state_dict().items() if "lor2c" in k}
+class Moves:
+    "Moves on one adapter, each undone after it was scored."
 
-    def undone() -> None:
-        tuner.set_layout(now)
-        model.load_state_dict(weights, strict=False)
+    def __init__(self, model, train: list[dict], held: list[dict]) -> None:
+        self.model, self.train, self.held = model, train, held
+        self.tuner, self.name = model.base_model, model.base_model.active_adapters[0]
+        self.now, self.r = self.tuner.layout(self.name), self.tuner.peft_config[self.name].r
+        self.weights = {k: v.clone() for k, v in model.state_dict().items() if "lor2c" in k}
+        self.before = loss_of(model, held)
+        start = time.perf_counter()
+        self.directions = directions(model, self.name, train, self.now.spans)
+        pairs = {(first[0], second[1]): (first, second) for first, second in pairwise(self.now.spans)}
+        seen = see(model, self.name, list(pairs), train)
+        self.fits = {span: fit_seen(model, self.name, *pairs[span], of) for span, of in seen.items()}
+        print(f"looked at {len(train)} batches in {time.perf_counter() - start:.0f} s", flush=True)
 
-    for way, arguments in {"paper": {}, "fitted": dict(keep="fitted", batches=train)}.items():
-        merge_modules(model, first[0], second[0], **arguments)
-        found[way] = loss_of(model, held) - before
-        undone()
-    of = directions(model, name, train, [first, second])
-    half = now.with_rank(first[0], tuner.peft_config[name].r // 2).with_rank(second[0], tuner.peft_config[name].r // 2)
-    tuner.set_layout(half)
-    for span in (first, second):
-        best = of[span].price.topk(tuner.peft_config[name].r // 2).indices
-        write_pair(tuner, name, span, of[span].A[best], of[span].B[:, best])
-    found["half the rank"] = loss_of(model, held) - before
-    undone()
-    tuner.set_layout(now.with_rank(first[0], 0).with_rank(second[0], 0))
-    found["neither"] = loss_of(model, held) - before
-    undone()
-    return found
+    def rise(self) -> float:
+        "How much more the loss is now; then all is as it was."
+        found = loss_of(self.model, self.held) - self.before
+        self.tuner.set_layout(self.now)
+        self.model.load_state_dict(self.weights, strict=False)
+        return found
+
+    def lower(self, spans, r: int) -> None:
+        "Keep the best r directions of these residuals."
+        of, after = self.directions, self.now
+        for span in spans:
+            after = after.with_rank(span[0], r)
+        self.tuner.set_layout(after)
+        for span in spans if r else ():
+            best = of[span].price.topk(r).indices
+            write_pair(self.tuner, self.name, span, of[span].A[best], of[span].B[:, best])
+
+    def of_pair(self, first, second) -> dict[str, float]:
+        "The ways to save a pair's numbers in two neighbours."
+        found, span = {}, (first[0], second[1])
+        for way in ("paper", "fitted"):
+            merge_modules(self.model, first[0], second[0])
+            if way == "fitted":
+                write_pair(self.tuner, self.name, span, *self.fits[span][0][:2])
+            found[way] = self.rise()
+        self.lower([first, second], self.r // 2)
+        return found | {"half the rank": self.rise()}
+
+    def of_layer(self, span, steps: int) -> dict[str, float]:
+        "The ways to do without half of a residual's numbers, or without all of them."
+        found = {}
+        for way, n in {"injected": 0, "injected and fitted": steps}.items():
+            layer = self.layer(span[0])
+            seen = calls_of(self.model, layer, self.train) if n else []
+            inject_lora(self.model, span[0])
+            if n:
+                fit_injected(layer, seen, n)
+            found[way] = self.rise()
+        self.lower([span], self.r // 2)
+        found["half the rank"] = self.rise()
+        self.lower([span], 0)
+        return found | {"none": self.rise()}
+
+    def layer(self, index: int) -> nn.Module:
+        return next(layers for layers, _ in residuals(self.tuner))[index]
+
+
+@torch.no_grad()
+def calls_of(model, layer: nn.Module, batches: list[dict]) -> list:
+    "What a layer is called with, and what comes out."
+    seen = []
+    hook = layer.register_forward_hook(
+        lambda _, args, kwargs, out: seen.append((args, kwargs, out[0] if isinstance(out, tuple) else out)), with_kwargs=True
+    )
+    model.eval()
+    for batch in batches:
+        model(**batch, **({} if batch["labels"].dim() == 1 else {"use_cache": False}))
+    hook.remove()
+    return copy.copy(seen)
+
+
+def fit_injected(layer: nn.Module, seen: list, steps: int, lr: float = 3e-3) -> float:
+    "Let a layer's injected LoRA do what its residual did, each token in units of its own size; the share that is left."
+    pairs = [p for name, p in layer.named_parameters() if "lora_" in name and p.requires_grad]
+    optimizer = torch.optim.Adam(pairs, lr=lr)
+    first = left = 0.0
+    for step in range(steps):
+        args, kwargs, want = seen[step % len(seen)]
+        out = layer(*args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        loss = ((out - want) / want.square().mean(-1, keepdim=True).sqrt()).square().mean()
+        first, left = first or loss.item(), loss.item()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    return left / first
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("adapter"), parser.add_argument("--model", required=True)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--max-length", type=int, default=64), parser.add_argument("--held", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0), parser.add_argument("--name", required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("run", type=Path), parser.add_argument("--name", required=True)
+    parser.add_argument("--output", type=Path, required=True), parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data-dir"), parser.add_argument("--model")
+    parser.add_argument("--held", type=int, default=48), parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
-    torch.manual_seed(args.seed)
-    base, tokenizer = load_decoder(args.model, "fp32", None, "cpu")
-    model = PeftModel.from_pretrained(base, args.adapter, is_trainable=True)
-    run = make_run(
-        "alpaca", "lor2c", args.model, max_length=args.max_length, max_train_samples=400, held_out=4 * args.held,
-        data_dir=args.data_dir, seed=args.seed,
-    )  # fmt: skip
-    data, _ = load_data(run, tokenizer)
-    tokenizer.padding_side = "right"
-    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    train, held = batches(data["train"], collate, 64), batches(data["validation"], collate, args.held, 16)
-    before, name = loss_of(model, held), model.base_model.active_adapters[0]
-    scores = scores_of(model.base_model)
-    for first, second in pairwise(model.base_model.layout().spans):
-        found = jumps(model, name, first, second, train, held, before)
-        _, predicted = fit_merge(model, name, first, second, train)
-        record = {
-            "name": f"{args.name}-{first[0]}-{second[0]}", "loss": before, "rise": found, "predicted": predicted,
-            "sfs": scores[first[0]] + scores[second[0]], "held_out_rows": args.held, "torch": torch.__version__,
-        }  # fmt: skip
-        print({way: round(rise, 4) for way, rise in found.items()}, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        moved = dict(device=args.device, data_dir=args.data_dir, model=args.model, precision="fp32", checkpointing=False)
+        job = reopen(args.run, Path(folder) / "job", **moved)
+        trainer = make_trainer(job)
+        device, kind = trainer.args.device, dict(run=str(args.run.name), task=job.run.task, method=job.run.method, units=job.run.units)
+        train = sample_batches(trainer.get_train_dataloader(), 8, 64, device)
+        held = sample_batches(trainer.get_eval_dataloader(), 16, args.held, device)
+    torch.manual_seed(job.run.seed)
+    moves = Moves(job.model, train, held)
+    scores, common = scores_of(moves.tuner), kind | dict(seed=job.run.seed, loss=moves.before, held_out_rows=args.held, torch=torch.__version__)
+
+    def note(record: dict) -> None:
+        print(record["name"], {way: round(rise, 4) for way, rise in record["rise"].items()}, round(record["predicted"], 4), flush=True)
         with args.output.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record | common) + "\n")
+
+    for first, second in pairwise(moves.now.spans):
+        predicted = moves.fits[first[0], second[1]][1]
+        sfs = scores[first[0]] + scores[second[0]]
+        record = dict(name=f"{args.name}-{first[0]}-{second[0]}", move="merge", layers=[first[0], second[1]], rise=moves.of_pair(first, second))
+        note(record | dict(predicted=predicted, sfs=sfs))
+    for span in moves.now.spans[::3]:
+        predicted = moves.directions[span].rise.sum().item()
+        record = dict(name=f"{args.name}-{span[0]}", move="single", layers=list(span), rise=moves.of_layer(span, args.steps))
+        note(record | dict(predicted=predicted, sfs=scores[span[0]]))

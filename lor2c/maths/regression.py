@@ -72,7 +72,7 @@ def _leading(
 
     width = X.shape[1]
     Q = torch.randn(width, min(2 * r + 8, width), generator=torch.Generator().manual_seed(0)).to(X)
-    for _ in range(6):
+    for _ in range(4):
         Q = torch.linalg.qr(apply(Q)).Q
     values, rotation = torch.linalg.eigh(Q.T @ apply(Q))
     return values[-r:].flip(0).clamp_min(0), Q @ rotation[:, -r:].flip(1)

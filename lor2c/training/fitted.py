@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..maths.layout import Span
 from ..maths.regression import Fit, effects, fisher_metric, fit_pair
@@ -93,18 +94,23 @@ def see(
     tuner = tuner_of(model)
     layers = next(layers for layers, residual in residuals(tuner) if name in residual.start)
     with in_eval_mode(model):
-        looks = [_look(tuner, layers, spans, batch, -(-tokens // len(batches)), len(batches)) for batch in batches]
+        looks = [_look(_inner(model), layers, spans, batch, -(-tokens // len(batches)), len(batches)) for batch in batches]
     return {span: Seen(*(torch.cat(part) for part in zip(*(look[span] for look in looks), strict=True))) for span in spans}
 
 
+def _inner(model: nn.Module) -> nn.Module:
+    "The model that DistributedDataParallel wraps, whose reducer must not wait for these gradients; any other as it is."
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def _look(
-    tuner: nn.Module, layers: Layers, spans: Sequence[Span], batch: Mapping[str, Any], most: int, batches: int
+    model: nn.Module, layers: Layers, spans: Sequence[Span], batch: Mapping[str, Any], most: int, batches: int
 ) -> dict[Span, Seen]:
     "What one batch shows, of at most so many tokens."
     calls = _Calls(layers)
     try:
         with torch.enable_grad():
-            loss = getattr(tuner(**batch), "loss", None)
+            loss = getattr(model(**batch), "loss", None)
     finally:
         for hook in calls.hooks:
             hook.remove()
@@ -155,8 +161,13 @@ def fit_merge(
     batches: Sequence[Mapping[str, Any]],
 ) -> tuple[Fit, float]:  # A (r, d) and scaling * B (d, r) on the plain stream; what the loss is predicted to rise by
     "The pair that comes closest to what two neighbouring residuals did on these batches."
-    tuner, span = tuner_of(model), (first[0], second[1])
-    seen, pairs = see(model, name, [span], batches)[span], plain_pairs(tuner, name)
+    span = first[0], second[1]
+    return fit_seen(model, name, first, second, see(model, name, [span], batches)[span])
+
+
+def fit_seen(model: nn.Module, name: str, first: Span, second: Span, seen: Seen) -> tuple[Fit, float]:
+    "The same for tokens that `see` has seen around both."
+    pairs = plain_pairs(tuner_of(model), name)
     prior = torch.cat([pairs[first][0], pairs[second][0]]), torch.cat([pairs[first][1], pairs[second][1]], 1)
     fit = fit_pair(seen.x, seen.change, len(pairs[first][0]), prior, fisher_metric(seen.gradient))
     along = (fit.rest * seen.gradient).sum(-1)

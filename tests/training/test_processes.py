@@ -63,7 +63,7 @@ def succeeded(process: psutil.Popen) -> subprocess.CompletedProcess:
 # Training under DistributedDataParallel and FSDP 2
 
 QUICK = ["trainer", "shared", "in units", "fitted", "accelerate", "sharded", "sharded, in units"]
-SLOW = ["accumulated", "sharded, checkpointed", "sharded, accumulated"]
+SLOW = ["accumulated", "sharded, fitted", "sharded, checkpointed", "sharded, accumulated"]
 ALONE = ["retrained", "forgotten", "refused", "wrapped"]  # nothing to compare with in one process
 
 
@@ -128,7 +128,7 @@ def test_processes_stay_equal(folder, name):
 @pytest.mark.parametrize("name", TRAININGS)
 def test_two_processes_are_one_with_the_joined_rows(folder, name):
     a, alone = read(folder, name), read(folder / "one", name)
-    near = 1e-2 if name == "fitted" else 1e-5  # a fit picks directions, and those of equal weight by their last digits
+    near = 1e-2 if "fitted" in name else 1e-5  # a fit picks directions, and those of equal weight by their last digits
     assert alone["world"] == 1 and a["moves"] == alone["moves"] and len(a["losses"]) == 24
     assert far(a["parameters"], alone["parameters"]) < near
     assert max(far(x, y) for x, y in zip(a["moments"], alone["moments"], strict=True)) < near

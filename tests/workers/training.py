@@ -168,9 +168,9 @@ def shard(peft_model, mesh):
     return fully_shard(peft_model, mesh=mesh)
 
 
-def sharded(checkpointing: bool = False, accumulation: int = 1, **config) -> dict:
+def sharded(checkpointing: bool = False, accumulation: int = 1, moves: dict | None = None, **config) -> dict:
     """FSDP 2, with an evaluation right before each change: it leaves gathered parameters in some places."""
-    peft_model, changer = model(**config), IMCallback(max_merges=1, max_injections=2)
+    peft_model, changer = model(**config), IMCallback(**{"max_merges": 1, "max_injections": 2, **(moves or {})})
     if checkpointing:
         peft_model.gradient_checkpointing_enable()
         peft_model.train()
@@ -180,7 +180,8 @@ def sharded(checkpointing: bool = False, accumulation: int = 1, **config) -> dic
     steps, data = EPOCHS * ROWS // BATCH, torch.stack([row["input_ids"] for row in rows()]).split(BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     watch, losses = Watch(changer), []
-    changer.begin(peft_model, steps, len(data), optimizer)
+    seen = [{"input_ids": ids, "labels": ids} for ids in data[:2]]
+    changer.begin(peft_model, steps, len(data), optimizer, batches=seen if changer.settings.looks else ())
     peft_model.train()
     for step in range(steps):
         ids = data[step % len(data)].chunk(world())[rank()]
@@ -324,6 +325,7 @@ RUNS = {
     "forgotten": lambda: with_trainer(no_rebuild=True),
     "accelerate": with_accelerate,
     "sharded": sharded,
+    "sharded, fitted": lambda: sharded(units="stream", moves={"keep": "fitted"}),
     "sharded, checkpointed": lambda: sharded(checkpointing=True),
     "sharded, accumulated": lambda: sharded(accumulation=2),
 }
