@@ -121,6 +121,13 @@ def test_a_test_in_a_cell_is_called(path: Path) -> None:
         assert re.search(rf"^ *{name}\(", code, re.M), f"nothing calls {name}"
 
 
+@each_notebook
+def test_links_to_files_of_the_repository(path: Path) -> None:
+    text = "".join(source(cell) for cell in cells(path, "markdown"))
+    named = re.findall(r"lor2c/lor2c/blob/main/([\w./-]+)", text)
+    assert [file for file in named if not (ROOT / file).exists()] == []
+
+
 NO_PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|`[^`\n]*`|\]\([^)\n]*\)|^\|.*?$", re.S | re.M)
 A_TRAINING = re.compile(r"\b[Aa] training\b(?! (run|step|loop|set|split|row|job|script|loss|batch|data))")
 
