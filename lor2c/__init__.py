@@ -7,7 +7,7 @@ Importing lor2c registers two methods with PEFT, for `get_peft_model` and `PeftM
 
 These change a model while it trains:
 
-    merge_modules, inject_lora   two residuals become one; a residual becomes LoRA on queries and values
+    merge_modules, inject_lora   two residuals become one, or one becomes LoRA on queries and values
     shrink                       ranks are lowered, the directions that matter least to the loss first
     IMCallback                   merges and injections when they are due, in any Trainer (IMLoR2C)
     RMLoRACallback               a regulariser and masked gradients, for LoRA of any kind (RM-LoRA)
@@ -16,7 +16,7 @@ And these are useful beside them:
 
     calibrate                    measure the units of a residual that has LoR2CConfig(units="stream")
     LoR2CLayer                   the module that holds the residuals of a layer
-    last_complete_checkpoint     where to resume a Trainer that was killed
+    last_complete_checkpoint     find the checkpoint to resume a killed Trainer from
     demo_model                   the folder of a small pretrained encoder
 
 Whole runs are in lor2c.runs, many of them in lor2c.experiments, tuned models in lor2c.inference, and all three behind the

@@ -85,6 +85,7 @@ PAGES = (
     *("api/runs/09_train", "api/training/06_imlor2c", "api/training/09_rm_lora", "api/tuners/11_fold"),
     *(f"explanations/{name}" for name in ("equations", "gradient_flow", "optimizer", "papers_and_code")),
     *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
+    "explanations/annotated_lor2c",
     *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "own_task", "quantised")),
     *(f"howto/{name}" for name in ("resume", "serve", "several_gpus", "trainer", "trl")),
     *(f"results/{name}" for name in ("comparison", "figures", "tables")),

@@ -122,6 +122,26 @@ def test_a_test_in_a_cell_is_called(path: Path) -> None:
         assert re.search(rf"^ *{name}\(", code, re.M), f"nothing calls {name}"
 
 
+@each_notebook
+def test_links_to_files_of_the_repository(path: Path) -> None:
+    text = "".join(source(cell) for cell in cells(path, "markdown"))
+    named = re.findall(r"lor2c/lor2c/blob/main/([\w./-]+)", text)
+    assert [file for file in named if not (ROOT / file).exists()] == []
+
+
+NO_PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|`[^`\n]*`|\]\([^)\n]*\)|^\|.*?$", re.S | re.M)
+A_TRAINING = re.compile(r"\b[Aa] training\b(?! (run|step|loop|set|split|row|job|script|loss|batch|data))")
+
+
+@each_notebook
+def test_prose_puts_the_actor_first(path: Path) -> None:
+    """No sentence begins with a free relative, and nobody does "a training"."""
+    prose = NO_PROSE.sub(" ", "\n\n".join(map(source, cells(path, "markdown"))))
+    sentences = re.split(r"(?<=[.!?])\s+|\n\n+", prose)
+    assert [s for s in sentences if re.match(r"(What|Who|Whoever|Whatever|Whose)\b[^?]*$", s)] == [], "say who does it"
+    assert not A_TRAINING.search(prose), "say a run, or training"
+
+
 def test_notebooks_are_small() -> None:
     size = {str(p): (ROOT / p).stat().st_size for p in notebooks()}
     assert max(size.values()) < 1_000_000, size

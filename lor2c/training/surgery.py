@@ -30,7 +30,7 @@ from ..tuners.structure import by_host, parameters_of, size
 # %% ../../nbs/api/training/04_surgery.ipynb #0a98da7f
 @dataclass(frozen=True)
 class Change:
-    "What a merge, an injection or a shrinking has done."
+    "The record of a merge, an injection or a shrinking."
 
     move: Literal["merge", "inject", "shrink"]
     layers: tuple[int, int]  # that the move was about, first and last
@@ -87,7 +87,7 @@ def merge_modules(
 def _fitted(
     model: nn.Module, name: str, first: Span, second: Span, batches: Sequence[Mapping[str, Any]]
 ) -> tuple[Tensor, Tensor]:
-    "The pair that rank 0 has fitted to both residuals, on every rank. Raises ValueError if all residuals share one A."
+    "Return the pair that rank 0 has fitted to both residuals, on every rank. Raises ValueError if all residuals share one A."
     if tuner_of(model).peft_config[name].share:
         raise ValueError("keep='fitted' gives the merged residual an A of its own, and share=True has one for all")
     fit, _ = fit_merge(model, name, first, second, batches)
@@ -96,7 +96,7 @@ def _fitted(
 
 
 def _adapter(model: nn.Module, name: str | None) -> tuple[LoR2CModel, str]:
-    "The tuner of a model, and the adapter of this name, or the active one."
+    "Return the tuner of a model, and the adapter of this name, or the active one."
     tuner = tuner_of(model)
     return tuner, name or tuner.active_adapters[0]
 
@@ -104,7 +104,7 @@ def _adapter(model: nn.Module, name: str | None) -> tuple[LoR2CModel, str]:
 def _kept(
     tuner: LoR2CModel, name: str, first: int, second: int, keep: Keep, score: Score, k: int | None
 ) -> tuple[str, Span, Layout]:  # "first", "second" or "fitted", the span whose place in the optimizer it takes, the new layout
-    """Whose pair a merge keeps. Raises ValueError for residuals that are no neighbours and for an unknown `keep` or score.
+    """Choose whose pair a merge keeps. Raises ValueError for residuals that are no neighbours and for an unknown `keep` or score.
 
     Raises FloatingPointError if training diverged."""
     one_of("keep", keep, get_args(Keep))

@@ -18,7 +18,7 @@ from ..tuners.lor2c import LoR2CModel
 def tuner_of(
     model: nn.Module,  # a PEFT model, its LoR2C tuner, or either of them compiled or inside DistributedDataParallel
 ) -> LoR2CModel:
-    "The LoR2C tuner inside a model. Raises TypeError, with what to use instead, if its structure can't be changed."
+    "Find the LoR2C tuner inside a model. Raises TypeError, with what to use instead, if its structure can't be changed."
     refuse_wrapper(model)
     if isinstance(model, LoR2CModel):
         return model
@@ -46,7 +46,7 @@ NOT_HERE = {
 
 
 def refuse_wrapper(wrapper: Any) -> None:
-    "Raise TypeError if the structure can't change under what a model or an optimizer is wrapped in."
+    "Raise TypeError if the structure can't change under the wrapper of a model or an optimizer."
     for kind in type(wrapper).__mro__:
         if kind.__name__ in NOT_HERE:
             raise TypeError(f"the structure cannot change under {kind.__name__}: {NOT_HERE[kind.__name__]}")
