@@ -146,23 +146,26 @@ if __name__ == "__main__":
         moved = dict(device=args.device, data_dir=args.data_dir, model=args.model, precision="fp32", checkpointing=False)
         job = reopen(args.run, Path(folder) / "job", **moved)
         trainer = make_trainer(job)
-        device, kind = trainer.args.device, dict(run=str(args.run.name), task=job.run.task, method=job.run.method, units=job.run.units)
+        device = trainer.args.device
+        common = {name: getattr(job.run, name) for name in ("task", "method", "units", "rank", "seed")}
         train = sample_batches(trainer.get_train_dataloader(), 8, 64, device)
         held = sample_batches(trainer.get_eval_dataloader(), 16, args.held, device)
     torch.manual_seed(job.run.seed)
     moves = Moves(job.model, train, held)
-    scores, common = scores_of(moves.tuner), kind | dict(seed=job.run.seed, loss=moves.before, held_out_rows=args.held, torch=torch.__version__)
+    scores = scores_of(moves.tuner)
+    common |= dict(loss=moves.before, held_out_rows=args.held, torch=torch.__version__)
 
     def note(record: dict) -> None:
-        print(record["name"], {way: round(rise, 4) for way, rise in record["rise"].items()}, round(record["predicted"], 4), flush=True)
+        rise = {way: round(value, 4) for way, value in record["rise"].items()}
+        print(record["name"], rise, "predicted", round(record["predicted"], 4), flush=True)
         with args.output.open("a") as file:
             file.write(json.dumps(record | common) + "\n")
 
     for first, second in pairwise(moves.now.spans):
         predicted = moves.fits[first[0], second[1]][1]
         sfs = scores[first[0]] + scores[second[0]]
-        record = dict(name=f"{args.name}-{first[0]}-{second[0]}", move="merge", layers=[first[0], second[1]], rise=moves.of_pair(first, second))
-        note(record | dict(predicted=predicted, sfs=sfs))
+        record = dict(name=f"{args.name}-{first[0]}-{second[0]}", move="merge", layers=[first[0], second[1]])
+        note(record | dict(rise=moves.of_pair(first, second), predicted=predicted, sfs=sfs))
     for span in moves.now.spans[::3]:
         predicted = moves.directions[span].rise.sum().item()
         record = dict(name=f"{args.name}-{span[0]}", move="single", layers=list(span), rise=moves.of_layer(span, args.steps))
