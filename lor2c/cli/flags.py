@@ -73,7 +73,7 @@ def add_settings(parser: argparse.ArgumentParser, defaults: dict[str, str], sche
     )
     add_structure(parser, schedule)
     add_rm(parser)
-    parser.add_argument("--units", help="residuals read and write the stream as in the paper, or in units of the stream (paper)")
+    parser.add_argument("--units", help="residuals read and write the stream as in the paper, or in units of the stream (paper; alpaca with gemma-270m: stream)")
     parser.add_argument("--targets", help=f"where LoRA goes: {', '.join(TARGETS)} (q and v)")
     parser.add_argument("--share", action="store_true", default=None, help="one A for all residuals, as in sharelor2c")
     _add_trust(parser)

@@ -284,8 +284,9 @@ ALPACA = Task(
     "alpaca", _columns, (), ("held_out_loss",), INSTRUCTIONS, lambda run: load_instructions(run.data_dir),
     Recipe(
         3, 128, 256, 3e-4,
-        rates={(None, "full"): 2e-5, ("gemma-270m", None): 1e-3} | {("gemma-270m", method): 1e-5 for method in _residuals},
+        {(None, "full"): 2e-5, ("gemma-270m", None): 1e-3} | {("gemma-270m", name, "paper"): 1e-5 for name in _residuals},
         settings=dict(rank=64, alpha=32, dropout=0.05, weight_decay=0.0, warmup=0.0, seed=42),
+        of_model={"gemma-270m": {"units": "stream"}},
         schedule="fractional", keeps_scaling=True, bf16=True,
     ),
 )  # fmt: skip

@@ -101,17 +101,18 @@ class Recipe:
     batch_size: int
     max_length: int
     lr: float
-    rates: Mapping[tuple[str | None, str | None], float] = field(default_factory=dict)  # (model, method) -> learning rate
+    rates: Mapping[tuple[str | None, ...], float] = field(default_factory=dict)  # (model, method[, units]) -> learning rate
     settings: Mapping[str, Any] = field(default_factory=dict)  # other fields of a run, for methods that have them
+    of_model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # model -> settings that it begins with instead
     moves: int = 3  # limit of merges, and of injections, for methods that change their structure
     schedule: str = "epoch"  # of these moves
     keeps_scaling: bool = False  # injected LoRA, of half the rank, gets half of alpha
     bf16: bool = False  # mixed precision, if there is a GPU that has it
     model: str | None = None  # the only base model that this task is for
 
-    def rate(self, model: str, method: str) -> float:
+    def rate(self, model: str, method: str, units: str = "paper") -> float:
         "The learning rate of a method on a model."
-        keys = ((model, method), (None, method), (model, None))
+        keys = ((model, method, units), (model, method), (None, method), (model, None))
         return next((self.rates[key] for key in keys if key in self.rates), self.lr)
 
 # %% ../../nbs/api/data/01_task.ipynb #406b6a22

@@ -30,12 +30,14 @@ def make_run(
     one_of("method", method, METHODS)
     recipe = find_task(task).recipe
     given = {name: value for name, value in changes.items() if value is not None}
-    settings = {name: value for name, value in recipe.settings.items() if method in HAVE.get(name, METHODS)}
+    begins = {**recipe.settings, **recipe.of_model.get(model or "", {})}
+    settings = {name: value for name, value in begins.items() if method in HAVE.get(name, METHODS)}
     settings |= _of_changing(recipe, method, given | {"alpha": given.get("alpha", settings.get("alpha", Run.alpha))})
     if recipe.bf16:
         settings["precision"] = _precision(given.get("device", Run.device))
     base = _model_of(task, recipe, model)
-    basics = recipe.epochs, recipe.batch_size, recipe.max_length, recipe.rate(base, method)
+    rate = recipe.rate(base, method, given.get("units", settings.get("units", Run.units)))
+    basics = recipe.epochs, recipe.batch_size, recipe.max_length, rate
     return replace(Run(task, method, base, *basics, **settings), **given)
 
 
