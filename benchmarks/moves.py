@@ -4,7 +4,7 @@
 
 RUN is the folder of a finished `lor2c` run. For each pair of neighbours: merged as in the paper, merged by a fit, and with both
 ranks halved, which leaves as many numbers as a merge. For every third layer: LoRA injected as in the paper, injected LoRA
-that was fitted to what the residual did, the rank halved, and no residual at all. All start from the same weights, in float32,
+that was fitted to what the residual did, half of the rank, a quarter, none, and a quarter by the size of singular values. All start from the same weights, in float32,
 and are undone afterwards.
 """
 
@@ -23,7 +23,7 @@ from lor2c.runs.again import reopen
 from lor2c.runs.train import make_trainer
 from lor2c.training.decisions import sample_batches
 from lor2c.training.fitted import fit_seen, see, write_pair
-from lor2c.training.scores import scores_of
+from lor2c.training.scores import plain_pairs, scores_of
 from lor2c.training.shrink import directions
 from lor2c.training.surgery import inject_lora, merge_modules
 from lor2c.tuners.residual import residuals
@@ -97,10 +97,19 @@ class Moves:
             if n:
                 fit_injected(layer, seen, n)
             found[way] = self.rise()
-        self.lower([span], self.r // 2)
-        found["half the rank"] = self.rise()
-        self.lower([span], 0)
-        return found | {"none": self.rise()}
+        for way, r in {"half the rank": self.r // 2, "a quarter": self.r // 4, "none": 0}.items():
+            self.lower([span], r)
+            found[way] = self.rise()
+        self.by_size(span, self.r // 4)
+        return found | {"a quarter, by size": self.rise()}
+
+    def by_size(self, span, r: int) -> None:
+        "Keep the r largest singular values of a residual, whatever the loss says."
+        A, B = plain_pairs(self.tuner, self.name)[span]
+        Q, R = torch.linalg.qr(B)
+        U, S, V = torch.linalg.svd(R @ A, full_matrices=False)
+        self.tuner.set_layout(self.now.with_rank(span[0], r))
+        write_pair(self.tuner, self.name, span, S[:r, None] * V[:r], Q @ U[:, :r])
 
     def layer(self, index: int) -> nn.Module:
         return next(layers for layers, _ in residuals(self.tuner))[index]

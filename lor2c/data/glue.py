@@ -22,7 +22,7 @@ from .task import Recipe, Task
 
 # %% ../../nbs/api/data/03_glue.ipynb #e81880b9
 _pair, _accuracy, _entailment = ("sentence1", "sentence2"), ("accuracy",), ("entailment", "not_entailment")
-_Rates = dict[tuple[str | None, str | None], float]
+_Rates = dict[tuple[str | None, ...], float]
 _own_rates: _Rates = {(None, "full"): 2e-5, (None, "head"): 1e-2}
 _minilm: _Rates = {("minilm", None): 1e-3, ("minilm", "adalora"): 3e-2, ("minilm", "loha"): 1e-2, ("minilm", "lokr"): 1e-2}
 

@@ -18,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..maths.layout import Span
 from ..maths.regression import Fit, effects, fisher_metric, fit_pair
 from ..maths.units import in_units, rms
+from .scores import plain_pairs
 from .wrappers import tuner_of
-from ..tuners.residual import hidden_states, pairs_of, residuals, scaling_of, stream_of, units_of, whole_tensor
+from ..tuners.residual import hidden_states, pairs_of, residuals, scaling_of, stream_of, units_of
 from ..tuners.stack import Layers
 from ..tuners.switches import in_eval_mode
 from ..tuners.units import like, masks_of, real_tokens
@@ -143,14 +144,6 @@ def _terms(batch: Mapping[str, Any]) -> int:
     "Count the terms in the mean of a batch's loss: its labels, without those that are ignored."
     labels = batch.get("labels")
     return 1 if labels is None else max(1, int((labels != -100).sum()))
-
-# %% ../../nbs/api/training/04_fitted.ipynb #07fdc026
-def plain_pairs(model: nn.Module, name: str) -> dict[Span, tuple[Tensor, Tensor]]:
-    "Find A (r, d) and scaling * B (d, r) of every residual of an adapter by span, whole, with units folded in."
-    units, scaling = units_of(model, name), scaling_of(model, name)
-    whole = {span: [whole_tensor(p) for p in pair] for span, pair in pairs_of(model, name).items()}
-    plain = {span: in_units(A, B, units.get(span)) for span, (A, B) in whole.items()}
-    return {span: (A, scaling * B) for span, (A, B) in plain.items()}
 
 # %% ../../nbs/api/training/04_fitted.ipynb #b5ae7622
 def fit_merge(

@@ -11,16 +11,28 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..maths.lowrank import singular_values
 from ..maths.sfs import DIVERGED
 from ..maths.sfs import score as score_of
-from ..tuners.residual import whole_tensor
-from ..tuners.lor2c import LoR2CModel
+from ..maths.layout import Span
 from ..maths.units import in_units
-from ..tuners.residual import pairs_of, residuals, units_of
+from .wrappers import tuner_of
+from ..tuners.lor2c import LoR2CModel
+from ..tuners.residual import pairs_of, scaling_of, units_of, whole_tensor
 from ..tuners.structure import layout_of
 from ..tuners.switches import active_adapter
+
+# %% ../../nbs/api/training/01_scores.ipynb #07fdc026
+def plain_pairs(model: nn.Module, name: str) -> dict[Span, tuple[Tensor, Tensor]]:
+    "Find A (r, d) and scaling * B (d, r) of every residual of an adapter by span, whole, with units folded in."
+    whole = {span: [whole_tensor(p) for p in pair] for span, pair in pairs_of(model, name).items()}
+    if not whole:
+        return {}
+    units, scaling = units_of(model, name), scaling_of(model, name)
+    plain = {span: in_units(A, B, units.get(span)) for span, (A, B) in whole.items()}
+    return {span: (A, scaling * B) for span, (A, B) in plain.items()}
 
 # %% ../../nbs/api/training/01_scores.ipynb #436e8ee1
 def spectra(
@@ -33,15 +45,13 @@ def spectra(
     """
     name = adapter_name or active_adapter(model)
     layout_of(model, name)  # raises unless the adapter exists; it may have injected LoRA alone
-    scaling = next((m.scaling[name] for _, m in residuals(model) if name in m.start), None)
-    if scaling is None:
+    if not (pairs := plain_pairs(model, name)):
         return {}
-    spans, pairs = zip(*sorted(pairs_of(model, name).items()), strict=True)
-    home, units = pairs[0][1].device, units_of(model, name)
-    whole = [[whole_tensor(p).to(home) for p in pair] for pair in pairs]
-    plain = [in_units(A, B, units.get(span)) for span, (A, B) in zip(spans, whole, strict=True)]
+    spans, r = sorted(pairs), tuner_of(model).peft_config[name].r
+    home = pairs[spans[0]][1].device
+    full = [(pad(A, (0, 0, 0, r - len(A))).to(home), pad(B, (0, r - len(A))).to(home)) for A, B in (pairs[span] for span in spans)]
     try:
-        values = singular_values([A for A, _ in plain], [B for _, B in plain], scaling)
+        values = singular_values([A for A, _ in full], [B for _, B in full])
     except torch.linalg.LinAlgError as error:
         raise FloatingPointError(DIVERGED) from error
     return dict(zip([start for start, _ in spans], values, strict=True))

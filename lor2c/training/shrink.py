@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..maths.layout import Span
 from ..maths.regression import effects, fisher_metric, turn_pair
 from .distributed import agreed
-from .fitted import plain_pairs, see, write_pair
+from .fitted import see, write_pair
+from .scores import plain_pairs
 from .surgery import Change, operate
 from .wrappers import tuner_of
 from ..tuners.structure import size

@@ -415,3 +415,36 @@ def test_a_structure_from_a_configuration():
         model(**batch(stack)).loss.backward()
         rest = get_peft_model(build(stack), lor2c.LoR2CConfig(r=4, injected={0: [2, 8]}, task_type=task_type(stack)))
         assert tuner_of(rest).layout().spans == ((1, 1), (2, 2), (3, 3))  # no span around what is injected
+
+
+@pytest.mark.parametrize("keep", ["first", "second", "more_information", "fitted"])
+def test_residuals_with_ranks_of_their_own(keep):
+    """They are scored beside the others, they merge and give way, and a callback goes on after it has shrunk the adapter."""
+    model = adapted("Llama", r=4, spans=ONE_LAYER, ranks={1: 1, 2: 2})
+    scores = scores_of(model)
+    assert list(scores) == [0, 1, 2, 3] and scores[1] == scores[2] == 0 < min(scores[0], scores[3])
+    b = batch("Llama")
+    rows = [{**b, "labels": b["input_ids"]}]
+    merged = merge_modules(model, 1, 2, keep=keep, batches=rows if keep == "fitted" else None)
+    assert str(merged.layout).startswith("[0] [1..2]:")
+    inject_lora(model, 3)
+    assert model(**b).logits.isfinite().all() and list(scores_of(model)) == [0, 1]
+
+
+def test_entries_after_a_shrinking():
+    """Epochs that end after the ranks have fallen are written down like those before."""
+    model, b = adapted("Llama", r=4), batch("Llama")
+    rows = [{**b, "labels": b["input_ids"]}]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    changes = lor2c.IMCallback(budget=0.5)
+    changes.begin(model, 8, 2, optimizer, batches=rows)
+    for _ in range(8):
+        model(**rows[0]).loss.backward()
+        changes.before_step(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        changes.after_step(model, optimizer)
+    changes.finish()
+    moves = [entry["move"] and entry["move"]["kind"] for entry in changes.history]
+    assert moves == [None, "shrink", None, None] and len({rank for _, rank in changes.history[-1]["ranks"]}) > 0
+    assert changes.history[-1]["parameters"] == changes.history[0]["parameters"] // 2
