@@ -4,8 +4,8 @@
 
 RUN is the folder of a finished `lor2c` run. For each pair of neighbours: merged as in the paper, merged by a fit, and with both
 ranks halved, which leaves as many numbers as a merge. For every third layer: LoRA injected as in the paper, injected LoRA
-that was fitted to what the residual did, half of the rank, a quarter, none, and a quarter by the size of singular values. All start from the same weights, in float32,
-and are undone afterwards.
+that was fitted to what the residual did, half of the rank, a quarter, none, and a quarter by the size of singular values. All
+start from the same weights, in float32, and are undone afterwards. What FILE has already is not measured again.
 """
 
 import argparse
@@ -164,6 +164,8 @@ if __name__ == "__main__":
     scores = scores_of(moves.tuner)
     common |= dict(loss=moves.before, held_out_rows=args.held, torch=torch.__version__)
 
+    known = {json.loads(line)["name"] for line in args.output.open()} if args.output.exists() else set()
+
     def note(record: dict) -> None:
         rise = {way: round(value, 4) for way, value in record["rise"].items()}
         print(record["name"], rise, "predicted", round(record["predicted"], 4), flush=True)
@@ -171,11 +173,15 @@ if __name__ == "__main__":
             file.write(json.dumps(record | common) + "\n")
 
     for first, second in pairwise(moves.now.spans):
+        if f"{args.name}-{first[0]}-{second[0]}" in known:
+            continue
         predicted = moves.fits[first[0], second[1]][1]
         sfs = scores[first[0]] + scores[second[0]]
         record = dict(name=f"{args.name}-{first[0]}-{second[0]}", move="merge", layers=[first[0], second[1]])
         note(record | dict(rise=moves.of_pair(first, second), predicted=predicted, sfs=sfs))
     for span in moves.now.spans[::3]:
+        if f"{args.name}-{span[0]}" in known:
+            continue
         predicted = moves.directions[span].rise.sum().item()
         record = dict(name=f"{args.name}-{span[0]}", move="single", layers=list(span), rise=moves.of_layer(span, args.steps))
         note(record | dict(predicted=predicted, sfs=scores[span[0]]))

@@ -94,6 +94,7 @@ PAGES = (
 MORE = (
     "tests/test_docs.py::test_plain_nbdev_shows_the_reference",
     "tests/test_docs.py::test_quarto_is_new_enough",
+    "tests/test_benchmarks.py::test_the_gpu_script_on_a_cpu",
     "tests/test_site.py",
     "tests/training/test_processes.py",
     "tests/tuners/test_units.py::test_activation_checkpointing_and_compile",
