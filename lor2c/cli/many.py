@@ -7,8 +7,12 @@ __all__ = []
 
 # %% ../../nbs/api/cli/04_many.ipynb #d85e3af3
 import argparse
+import os
 import re
+import sys
 from collections.abc import Callable
+from concurrent.futures import Executor
+from importlib import import_module
 
 from .endings import stop
 from .flags import ON_ALL, ON_GLUE, add_generative, add_limits, add_settings, add_task, changes_of
@@ -33,6 +37,28 @@ def counts(
         numbers.update(range(first, last + 1))
     return sorted(numbers)
 
+# %% ../../nbs/api/cli/04_many.ipynb #9f3c5b77
+def _add_places(parser: argparse.ArgumentParser, what: str) -> None:
+    "Add the flags that say where runs are trained."
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help=f"{what} at a time (%(default)s)")
+    text = "a function that makes an Executor of concurrent.futures to train with, such as my_cluster:executor"
+    parser.add_argument("--executor", metavar="MODULE:NAME", help=text)
+
+
+def _executor_of(name: str | None) -> Executor | None:
+    "Make the executor that was asked for. Raises ValueError if there is no such function, or if it makes something else."
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = getattr(import_module(module), function)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--executor must be MODULE:NAME of a function in reach, found {name!r}: {error}") from error
+    if not callable(getattr(made, "submit", None)):
+        raise ValueError(f"--executor {name} must make an Executor of concurrent.futures, it makes {type(made).__name__}")
+    return made
+
 # %% ../../nbs/api/cli/04_many.ipynb #1cbf3d60
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     "Add the flags of `lor2c sweep`."
@@ -45,7 +71,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--max-{name}", default="0-6", metavar="COUNTS", help="such as 0-6, 2 or 0,2,4 (%(default)s)"
         )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (%(default)s)")
+    _add_places(parser, "cells")
     add_settings(parser, ON_GLUE)
 
 # %% ../../nbs/api/cli/04_many.ipynb #cfbaa81c
@@ -61,7 +87,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         [place] = best_places(comparison).values()
         return f"best of {len(comparison.records)}: {place}  {describe_run(comparison.records[place])}"
 
-    _run_many(ready, args.jobs, best)
+    _run_many(ready, args, best)
 
 # %% ../../nbs/api/cli/04_many.ipynb #5515fd6e
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +104,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="1-3", help="such as 1-3 or 17 (%(default)s)")
     parser.add_argument("--model", default="minilm", metavar="NAME_OR_PATH", help="base model (%(default)s)")
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="for table.md, compare.png and all runs")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (%(default)s)")
+    _add_places(parser, "runs")
     add_limits(parser, "3; demo: 1")
     add_settings(parser, ON_ALL, "epoch; demo and alpaca: fractional")
     add_generative(parser)
@@ -92,19 +118,20 @@ def run_compare(args: argparse.Namespace) -> None:
         seeds = counts(args.seeds, "seeds")
         return prepare_comparison(tasks, methods, seeds, args.model, args.output_dir, **changes_of(args))
 
-    _run_many(ready, args.jobs, lambda comparison: (comparison.folder / "table.md").read_text(encoding="utf-8"))
+    _run_many(ready, args, lambda comparison: (comparison.folder / "table.md").read_text(encoding="utf-8"))
 
 
-def _run_many(ready: Callable[[], Comparison], jobs: int, last: Callable[[Comparison], str]) -> None:
+def _run_many(ready: Callable[[], Comparison], args: argparse.Namespace, last: Callable[[Comparison], str]) -> None:
     "Prepare and train, then print a summary of the results so far, and name the picture."
     try:
-        check_whole("jobs", jobs)
+        check_whole("jobs", args.jobs)
+        executor = _executor_of(args.executor)
         comparison = ready()
     except (ValueError, OSError, ImportError) as error:
         stop(error)
     print(f"{len(comparison.runs)} runs; what happens in each is in its log.txt under {comparison.folder}", flush=True)
     try:
-        carry_out_comparison(comparison, jobs)
+        carry_out_comparison(comparison, args.jobs, executor)
     except (RuntimeError, OSError) as error:
         stop(error, code=1)
     finally:

@@ -9,6 +9,7 @@ __all__ = ['Comparison', 'prepare_comparison', 'carry_out_comparison', 'compare'
 import contextlib
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..disk.files import write_json
+from ..disk.files import whole, write_json
 from .contenders import check_used, contender_run, read_contender
 from .pool import check_alone, outcomes
 from .table import describe, markdown, rows_of, summary_of
@@ -116,6 +117,7 @@ def _needs(run: Run, contender: str) -> set[str]:
 def carry_out_comparison(
     comparison: Comparison,
     jobs: int = 1,  # runs at a time
+    executor: Executor | None = None,  # that trains them, in place of processes of this machine
 ) -> list[dict[str, Any]]:  # records, in the order of tasks, contenders and seeds
     """Train what `prepare_comparison` has made ready, with a line for each run, and table.md, compare.json and picture after it.
 
@@ -125,7 +127,7 @@ def carry_out_comparison(
     folder, runs, ready = comparison.folder, comparison.runs, len(comparison.records)
     left = {folder / place: run for place, run in runs.items() if place not in comparison.records}
     _begin(comparison)
-    with contextlib.closing(outcomes(left, jobs, ready)) as ended:
+    with contextlib.closing(outcomes(left, jobs, ready, executor)) as ended:
         for path, result, progress in ended:
             print(f"{_take(comparison, path.relative_to(folder).as_posix(), result)}  {progress}", flush=True)
     _check_failed(comparison)
@@ -166,15 +168,25 @@ def _take(comparison: Comparison, place: str, result: dict[str, Any] | str) -> s
 
 # %% ../../nbs/api/experiments/03_compare.ipynb #f051f6b3
 def _write(comparison: Comparison) -> None:
-    "Write compare.json and, from the records so far, table.md and the picture."
+    "Write compare.json and, from the records so far, other commands' too, table.md and the picture."
+    _read_others(comparison)
     records = {place: comparison.records[place] for place in comparison.runs if place in comparison.records}
     runs, names = list(records.values()), [comparison.names[place] for place in records]
     write_json(comparison.folder / "compare.json", _content(comparison, records, names))
     if runs:
         shared = ", ".join(f"{name} = {value}" for name, value in comparison.settings.items())
         text = markdown(runs, names) + (f"\nfor all that have it: {shared}\n" if shared else "")
-        (comparison.folder / "table.md").write_text(text, encoding="utf-8")
+        with whole(comparison.folder / "table.md") as part:
+            part.write_text(text, encoding="utf-8")
         save_picture(comparison.draw(runs, names), comparison.folder / comparison.picture)
+
+
+def _read_others(comparison: Comparison) -> None:
+    "Read the records of runs that other commands have finished meanwhile."
+    for place, run in comparison.runs.items():
+        if place not in comparison.records and (comparison.folder / place / "record.json").exists():
+            record = claim(run, comparison.folder / place, resume=True)
+            comparison.records |= {place: record} if record else {}
 
 
 def _content(comparison: Comparison, records: dict[str, dict[str, Any]], names: list[str]) -> dict[str, Any]:
@@ -207,10 +219,11 @@ def compare(
     model: str,
     output_dir: str | Path,
     jobs: int = 1,  # runs at a time
+    executor: Executor | None = None,  # that trains them, in place of processes of this machine
     **changes: Any,  # any field of Run, for those that have it
 ) -> list[dict[str, Any]]:  # records, in the order of tasks, contenders and seeds
     """Train every contender on every task with every seed. After a kill, the same call goes on.
 
     Raises ValueError, OSError or ImportError before the first run, RuntimeError after the last if one has failed.
     """
-    return carry_out_comparison(prepare_comparison(tasks, contenders, seeds, model, output_dir, **changes), jobs)
+    return carry_out_comparison(prepare_comparison(tasks, contenders, seeds, model, output_dir, **changes), jobs, executor)

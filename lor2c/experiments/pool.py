@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, as_completed
+from concurrent.futures import BrokenExecutor, Executor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ..data.task import Task
 from ..data.tasks import add_task, added_tasks
+from ..disk.files import is_held
 from ..runs.progress import duration
 from ..runs.settings import Run
 from ..runs.train import train
@@ -38,8 +39,10 @@ def _attempt(
     # False sends stderr into the log as well, and the progress bar with it.
     bar: bool = True,
 ) -> dict[str, Any] | str:  # the record, or what went wrong
-    "Train, or go on with a run that was begun, and print into log.txt in the folder."
+    "Train, or go on with a run that was begun, and print into log.txt in the folder. HELD if another command trains it."
     folder.mkdir(parents=True, exist_ok=True)
+    if is_held(folder):
+        return HELD
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "log.txt").open("a", encoding="utf-8", buffering=1))
         stack.enter_context(contextlib.redirect_stdout(log))
@@ -49,6 +52,8 @@ def _attempt(
         warnings.showwarning = lambda message, *_, **__: print("warning:", message)
         try:
             return train(run, folder, resume=True)
+        except BlockingIOError:
+            return HELD
         except Exception as error:
             traceback.print_exc(file=log)
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -112,19 +117,68 @@ def _until_one_is_lost(todo: Mapping[Path, Run], jobs: int) -> Generator[tuple[P
             stack.pop_all()
             pool.shutdown()
 
+# %% ../../nbs/api/experiments/00_pool.ipynb #ec995f1a
+HELD = "another command trains it"
+_PAUSE = 2.0  # seconds between two looks at runs that others train
+_Ended = Generator[tuple[Path, dict[str, Any] | str]]
+
+
+def _by(executor: Executor, todo: Mapping[Path, Run]) -> _Ended:
+    "Let an executor train, wherever it does."
+    futures = {executor.submit(_remote, added_tasks(), run, folder): folder for folder, run in todo.items()}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _remote(tasks: Sequence[Task], run: Run, folder: Path) -> dict[str, Any] | str:
+    "Train in a process that may not know your own tasks."
+    for task in tasks:
+        add_task(task)
+    return _attempt(run, folder, False)
+
 # %% ../../nbs/api/experiments/00_pool.ipynb #dce48a0c
 def outcomes(
     todo: Mapping[Path, Run],  # folder -> what is trained there
     jobs: int = 1,  # at a time
     ready: int = 0,  # how many others were finished earlier
+    executor: Executor | None = None,  # that trains them, in place of processes of this machine
 ) -> Generator[tuple[Path, dict[str, Any] | str, str]]:  # folder, record or error, "(3 of 8, about 5 min 0 s left)"
     "Train all of them. A run that fails gives its error in words, and does not stop the others."
-    began, total, jobs = time.perf_counter(), ready + len(todo), min(jobs, len(todo))
-    alone = ((folder, _attempt(run, folder)) for folder, run in todo.items())
-    with contextlib.closing(_in_processes(todo, jobs) if jobs > 1 else alone) as ended:
+    began, total, n = time.perf_counter(), ready + len(todo), 0
+    with contextlib.closing(_until_all_are_done(todo, jobs, executor)) as ended:
         for n, (folder, result) in enumerate(ended, start=1):
             rest = (time.perf_counter() - began) / n * (len(todo) - n)
             yield folder, result, f"({ready + n} of {total}{f', about {duration(rest)} left' * (rest > 0)})"
+
+
+def _until_all_are_done(todo: Mapping[Path, Run], jobs: int, executor: Executor | None) -> _Ended:
+    "Train those that no other command trains, wait for these, and go on with them if their command is gone."
+    left, told = dict(todo), False
+    while left:
+        free = {folder: run for folder, run in left.items() if not is_held(folder)}
+        with contextlib.closing(_ended(free, jobs, executor)) as ended:
+            for folder, result in ended:
+                if result != HELD:
+                    del left[folder]
+                    yield folder, result
+        if left and not free:
+            if not told:
+                print(f"other commands train the last {len(left)}: waiting for them", flush=True)
+            told = True
+            time.sleep(_PAUSE)
+
+
+def _ended(todo: Mapping[Path, Run], jobs: int, executor: Executor | None) -> _Ended:
+    "Train where you asked: by an executor, in several processes, or here."
+    if executor:
+        return _by(executor, todo)
+    if jobs > 1 and len(todo) > 1:
+        return _in_processes(todo, min(jobs, len(todo)))
+    return ((folder, _attempt(run, folder)) for folder, run in todo.items())
 
 
 def check_alone() -> None:

@@ -6,7 +6,6 @@
 __all__ = ['COLOURS', 'score_of', 'best_of', 'plot_runs', 'names_of', 'plot_comparison', 'save_picture']
 
 # %% ../../nbs/api/plots/00_runs.ipynb #88363f4b
-import os
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -17,6 +16,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from ..disk.files import whole
 
 # %% ../../nbs/api/plots/00_runs.ipynb #eb5f2884
 # Okabe and Ito's colours.
@@ -158,8 +159,6 @@ def save_picture(
     path: str | Path,  # ends in .png
 ) -> None:
     "Write a picture in one step, and close the figure."
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, format="png")
+    with whole(Path(path)) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
-    os.replace(part, path)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -100,6 +101,31 @@ def test_a_sweep_leaves_its_grid(undisturbed):
     assert [(cell["max_merges"], cell["max_injections"]) for cell in cells] == [(0, 0), (2, 0), (0, 1), (2, 1)]
     assert grid["runs"][grid["best"]["sst2"]]["accuracy"] == max(cell["accuracy"] for cell in cells)
     assert "epoch 2 of 2" in (undisturbed / NAMES[3] / "log.txt").read_text()
+
+
+def test_commands_share_a_folder(glue_data, undisturbed, tmp_path):
+    """Three commands, one killed amid a cell: the others train each cell once, go on with its cell, and all know all records."""
+    folder = tmp_path / "grid"
+    command = (*FLAGS, "--data-dir", glue_data, "--output-dir", folder)
+    workers = [start(*command) for _ in range(3)]
+    wait_for(workers[0], lambda: begun(folder))
+    workers[0].kill()
+    ended = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [-signal.SIGKILL, 0, 0], ended
+    assert_same(folder, undisturbed)
+    begins = [p.read_text().count("trainable parameters") for p in folder.rglob("log.txt")]
+    assert len(begins) == 4 and 4 <= sum(begins) <= 5
+    assert json.loads((folder / "compare.json").read_text())["failed"] == {}
+    assert all("best of 4: " in out for out, _ in ended[1:])
+    assert [p.name for p in folder.iterdir() if p.name.endswith((".part", ".lock"))] == []
+
+
+def test_an_executor_trains_them(base, undisturbed, tmp_path):
+    """Anything that follows concurrent.futures: here threads, which a cluster's executor is used like."""
+    with ThreadPoolExecutor(1) as executor:
+        folder = tmp_path / "grid"
+        carry_out_comparison(prepare_sweep(merges=[0], injections=[0, 1], output_dir=folder, **base), executor=executor)
+    assert_same(folder, undisturbed, [NAMES[0], NAMES[2]])
 
 
 def test_killed_in_the_middle_and_gone_on_with(glue_data, undisturbed, tmp_path):
