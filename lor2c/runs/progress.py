@@ -133,7 +133,8 @@ def describe_move(entry: dict[str, Any]) -> str:
     if move["what"] != "done":
         return f"epoch {entry['epoch']:.4g}  {move['kind']}: {move['what']}"
     a, b = move["layers"]
-    change = f"layers {a} to {b} merged, pair of the {move['kept']}" if a < b else f"layer {a}: {move['kept']} on q and v"
+    told = {"merge": f"layers {a} to {b} merged, pair of the {move['kept']}", "shrink": f"ranks lowered to {move['kept']}"}
+    change = told.get(move["kind"], f"layer {a}: {move['kept']} on q and v")
     return f"epoch {entry['epoch']:.4g}  {change}; {entry['parameters']:,} adapter parameters"
 
 # %% ../../nbs/api/runs/05_progress.ipynb #7025828b

@@ -172,6 +172,7 @@ def write_pair(model: nn.Module, name: str, span: Span, A: Tensor, B: Tensor) ->
     "Let a residual change the plain stream as A (r, d) and scaling * B (d, r) do, in the units that it has."
     units, parameters = units_of(model, name).get(span), pairs_of(model, name)[span]
     # dividing by the units is what `in_units` does with their inverse
-    values = in_units(A, B / scaling_of(model, name), None if units is None else 1 / units)
-    for p, value in zip(parameters, values, strict=True):
+    A, B = in_units(A, B / scaling_of(model, name), None if units is None else 1 / units)
+    length = A.norm(dim=1).clamp_min(torch.finfo(A.dtype).tiny) * math.sqrt(3)
+    for p, value in zip(parameters, (A / length[:, None], B * length), strict=True):
         p.copy_(like(value, p))
