@@ -10,6 +10,7 @@ from nbdev.config import get_config
 EXTRAS = {"gemma": r"\bgemma", "eval": r"\blm_eval\b"}
 PACKAGES = {"hypothesis": r"\bhypothesis\b", "torchao": r"\btorchao\b", "trl": r"\btrl\b"}
 SETUP = """#| hide
+#| eval: false
 import os
 import subprocess
 import sys

@@ -438,12 +438,15 @@ def test_entries_after_a_shrinking():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     changes = lor2c.IMCallback(budget=0.5)
     changes.begin(model, 8, 2, optimizer, batches=rows)
-    for _ in range(8):
+    for step in range(8):
         model(**rows[0]).loss.backward()
         changes.before_step(model)
         optimizer.step()
         optimizer.zero_grad()
         changes.after_step(model, optimizer)
+        if step == 3:  # Adam's next step must not be large beside the numbers that it changes
+            lowered = [p.norm(dim=1) for n, p in named(model).items() if "lor2c_A" in n and len(p) < 4]
+            torch.testing.assert_close(torch.cat(lowered), torch.full((sum(map(len, lowered)),), 3**-0.5))
     changes.finish()
     moves = [entry["move"] and entry["move"]["kind"] for entry in changes.history]
     assert moves == [None, "shrink", None, None] and len({rank for _, rank in changes.history[-1]["ranks"]}) > 0
