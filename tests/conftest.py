@@ -109,6 +109,7 @@ MORE = (
     *(f"tests/disk/test_checkpoints.py::test_a_{name}" for name in ("run", "damaged", "moved")),
     "tests/disk/test_checkpoints.py::test_left_over",
     "tests/disk/test_fuzz.py",
+    "tests/inference/test_export.py::test_round_trips_of_every_stack",
     "tests/experiments/test_pool.py",
     "tests/experiments/test_sweep.py",
     "tests/runs/test_methods.py",

@@ -107,6 +107,7 @@ def given_arguments(tmp_path_factory) -> dict[str, dict[str, str]]:
         "compare": {"tasks": "rte", "methods": "lora,lor2c", **run},
         "sweep": {"task": "rte", **run},
         "generate": {"adapter_dir": str(place / "model"), "prompt": "?"},
+        "export": {"adapter_dir": str(place / "model"), "to": "new"},
         "inspect": {"adapter_dir": str(place / "model")},
     }
 
