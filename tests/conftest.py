@@ -106,6 +106,7 @@ MORE = (
     "tests/cli/test_hostile.py::test_the_others_end_with_a_line_when_a_process_dies",
     "tests/cli/test_hostile.py::test_a_hub_that_does_not_answer_is_given_up_soon",
     "tests/cli/test_command_lines.py::test_many",
+    "tests/cli/test_config.py::test_tensorboard_gets_the_structure",
     *(f"tests/disk/test_checkpoints.py::test_a_{name}" for name in ("run", "damaged", "moved")),
     "tests/disk/test_checkpoints.py::test_left_over",
     "tests/disk/test_fuzz.py",

@@ -63,7 +63,7 @@ def undisturbed(glue_data, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_a_record_and_an_adapter(undisturbed):
     record, tensors = result(undisturbed)
-    assert sorted(p.name for p in undisturbed.iterdir()) == ["adapter", "record.json", "run.json"]
+    assert sorted(p.name for p in undisturbed.iterdir()) == ["adapter", "config.yaml", "record.json", "run.json"]
     assert (record["method"], record["task"], record["seed"]) == ("lor2c", "sst2", 3)
     assert record["adapter_parameters"] == 36_864 and record["trainable_parameters"] == 37_634
     assert [e["epoch"] for e in record["history"]] == [1.0, 2.0, 3.0] and record["metrics"]["last"]["epoch"] == 3.0
