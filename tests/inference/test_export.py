@@ -23,6 +23,7 @@ STRUCTURES = {
     "spans": dict(),
     "shared": dict(share=True, spans=[[0, 1], [2, 2], [3, 3]]),
     "injected": dict(spans=[[0, 0], [2, 3]], injected={1: [2, 4]}),
+    "hybrid": dict(spans=[[0, 1], [3, 3]], lora=[2, 4]),
     "ranks": dict(spans=None, ranks={0: 1, 2: 5}, alpha=3),
     "all injected": dict(spans=[], injected={t: [2, 4] for t in range(4)}),
 }
