@@ -86,7 +86,7 @@ PAGES = (
     *(f"explanations/{name}" for name in ("equations", "gradient_flow", "optimizer", "papers_and_code")),
     *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
     *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "own_task", "quantised")),
-    *(f"howto/{name}" for name in ("resume", "serve", "several_gpus", "trainer", "trl")),
+    *(f"howto/{name}" for name in ("other_trainers", "resume", "serve", "several_gpus", "trainer", "trl")),
     *(f"results/{name}" for name in ("comparison", "figures", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
 )
