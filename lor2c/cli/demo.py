@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 
+from .config import keep_config
 from .endings import stop
 from .flags import SETTINGS, add_limits, add_machine, add_rm, add_structure
 from .train import draw_structure, prepare_or_exit, trained_or_exit
@@ -65,6 +66,7 @@ def run_demo(args: argparse.Namespace) -> None:
     except ValueError as error:
         stop(error)
     jobs = [prepare_or_exit("demo", m, None, folder / m, True, changes | fitting(given, m)) for m in methods]
+    keep_config(args)
     records = []
     for job in jobs:
         if isinstance(job, Finished):

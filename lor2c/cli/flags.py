@@ -74,13 +74,14 @@ def add_settings(parser: argparse.ArgumentParser, defaults: dict[str, str], sche
     add_structure(parser, schedule)
     add_rm(parser)
     parser.add_argument("--units", help="residuals read and write the stream as in the paper, or in units of the stream (paper; alpaca with gemma-270m: stream)")
+    parser.add_argument("--lora-rank", type=int, metavar="N", help="LoRA of this rank inside every layer, beside residuals")
     parser.add_argument("--targets", help=f"where LoRA goes: {', '.join(TARGETS)} (q and v)")
     parser.add_argument("--share", action="store_true", default=None, help="one A for all residuals, as in sharelor2c")
-    _add_trust(parser)
+    add_trust(parser)
     add_machine(parser)
 
 
-def _add_trust(parser: argparse.ArgumentParser) -> None:
+def add_trust(parser: argparse.ArgumentParser) -> None:
     "Add the flag that lets a base model bring code."
     parser.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run code that the base model's folder brings"
@@ -152,7 +153,7 @@ def add_tuned(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="an adapter's folder, or that of a run")
     parser.add_argument("--model", metavar="NAME_OR_PATH", help="base model, if it is not where the adapter says")
     parser.add_argument("--quantize", help=f"pack the base's weights: {', '.join(QUANTIZE)}")
-    _add_trust(parser)
+    add_trust(parser)
     parser.add_argument("--precision", default="fp32", help=f"of the weights: {', '.join(DTYPES)} (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
 

@@ -13,7 +13,10 @@ import textwrap
 import warnings
 from collections.abc import Collection, Sequence
 from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
 
+from .config import add_config, take_config, write_config
 from .endings import quieten, stop
 
 # %% ../../nbs/api/cli/07_main.ipynb #80a6964d
@@ -26,6 +29,7 @@ COMMANDS = {  # name: its module, what it does
     "generate": ("inference", "let a tuned decoder answer"),
     "eval": ("inference", "score a tuned decoder on benchmarks"),
     "shrink": ("shrink", "fewer numbers in a trained adapter"),
+    "export": ("inference", "write a tuned model for servers: no lor2c needed"),
     "inspect": ("inspect", "what an adapter folder holds"),
 }
 
@@ -50,6 +54,7 @@ def make_parser(
         if name in commands:
             home = import_module(f"lor2c.cli.{module}")
             getattr(home, f"add_{name}")(command)
+            add_config(command)
             command.set_defaults(run=getattr(home, f"run_{name}"))
     return parser
 
@@ -58,14 +63,13 @@ def main(
     argv: Sequence[str] | None = None,  # arguments; those of the process if None
 ) -> None:
     "Run the `lor2c` command. Ends with SystemExit(2) and one line for wrong input."
-    argv = sys.argv[1:] if argv is None else argv
-    args = make_parser([word for word in argv if word in COMMANDS][:1]).parse_args(argv)
+    args = _read(list(sys.argv[1:] if argv is None else argv))
     if "WORLD_SIZE" not in os.environ:  # not started by torchrun or accelerate launch
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     try:
         with warnings.catch_warnings():
             quieten()
-            args.run(args)
+            write_config(args, Path(args.save_config)) if args.save_config else args.run(args)
     except BrokenPipeError:  # the reader of the output has gone away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
@@ -76,3 +80,18 @@ def main(
         again |= dict.fromkeys(("glue", "alpaca"), "; the same command with --resume goes on")
         print(f"\nlor2c: interrupted{again.get(args.command, '')}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _read(argv: list[str]) -> argparse.Namespace:
+    "The arguments of a command, those of its settings file among them. Ends with SystemExit(2) where they are wrong."
+    named = [word for word in argv if word in COMMANDS][:1]
+    parser = make_parser(named)
+    files = [after for word, after in pairwise(argv) if word == "--config"]
+    files += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    commands = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    try:
+        for file in files[-1:] if named else []:
+            take_config(commands[named[0]], file, argv)
+    except (ValueError, OSError) as error:
+        stop(error)
+    return parser.parse_args(argv)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from importlib import import_module
 
+from .config import keep_config
 from .endings import stop
 from .flags import ON_ALL, ON_GLUE, add_generative, add_limits, add_settings, add_task, changes_of
 from ..data.glue import GLUE
@@ -87,7 +88,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         [place] = best_places(comparison).values()
         return f"best of {len(comparison.records)}: {place}  {describe_run(comparison.records[place])}"
 
-    _run_many(ready, args, best)
+    _run_many(args, ready, best)
 
 # %% ../../nbs/api/cli/04_many.ipynb #5515fd6e
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -118,10 +119,10 @@ def run_compare(args: argparse.Namespace) -> None:
         seeds = counts(args.seeds, "seeds")
         return prepare_comparison(tasks, methods, seeds, args.model, args.output_dir, **changes_of(args))
 
-    _run_many(ready, args, lambda comparison: (comparison.folder / "table.md").read_text(encoding="utf-8"))
+    _run_many(args, ready, lambda comparison: (comparison.folder / "table.md").read_text(encoding="utf-8"))
 
 
-def _run_many(ready: Callable[[], Comparison], args: argparse.Namespace, last: Callable[[Comparison], str]) -> None:
+def _run_many(args: argparse.Namespace, ready: Callable[[], Comparison], last: Callable[[Comparison], str]) -> None:
     "Prepare and train, then print a summary of the results so far, and name the picture."
     try:
         check_whole("jobs", args.jobs)
@@ -130,6 +131,7 @@ def _run_many(ready: Callable[[], Comparison], args: argparse.Namespace, last: C
     except (ValueError, OSError, ImportError) as error:
         stop(error)
     print(f"{len(comparison.runs)} runs; what happens in each is in its log.txt under {comparison.folder}", flush=True)
+    keep_config(args)
     try:
         carry_out_comparison(comparison, args.jobs, executor)
     except (RuntimeError, OSError) as error:

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .config import keep_config
 from .endings import is_first, stop
 from .flags import MODELS, ON_ALPACA, ON_GLUE, add_generative, add_limits, add_settings, add_task, changes_of
 from ..data.glue import GLUE
@@ -54,12 +55,19 @@ def add_alpaca(parser: argparse.ArgumentParser) -> None:
 # %% ../../nbs/api/cli/02_train.ipynb #253293ed
 def run_glue(args: argparse.Namespace) -> None:
     "Fine-tune on a GLUE task."
-    run_one(prepare_or_exit(args.task, args.method, args.model, args.output_dir, args.resume, changes_of(args)))
+    _run(args, args.task)
 
 
 def run_alpaca(args: argparse.Namespace) -> None:
     "Tune a decoder on instructions."
-    run_one(prepare_or_exit("alpaca", args.method, args.model, args.output_dir, args.resume, changes_of(args)))
+    _run(args, "alpaca")
+
+
+def _run(args: argparse.Namespace, task: str) -> None:
+    "One run, whose settings stay in its folder."
+    job = prepare_or_exit(task, args.method, args.model, args.output_dir, args.resume, changes_of(args))
+    keep_config(args)
+    run_one(job)
 
 # %% ../../nbs/api/cli/02_train.ipynb #8fbc21a2
 def run_one(job: Job | Finished) -> None:

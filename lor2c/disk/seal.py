@@ -80,7 +80,8 @@ def _seal_of(weights: Path) -> dict[str, Any]:
 
 def _layout_of(tensors: dict[str, Tensor], settings: dict[str, Any]) -> Layout:
     "Read the structure from the tensors of a LoR2C adapter. Raises ValueError if they contradict one another."
-    return layout_told(tensors_by_layer(tensors, bool(settings.get("share"))), injections_by_module(tensors))
+    residuals = tensors_by_layer(tensors, bool(settings.get("share")))
+    return layout_told(residuals, injections_by_module(tensors), bool(settings.get("lora")))
 
 # %% ../../nbs/api/disk/03_seal.ipynb #c5436b3a
 def read_weights(

@@ -79,6 +79,7 @@ def injections_by_module(state_dict: dict[str, Tensor]) -> dict[str, tuple[Injec
 def layout_told(
     residuals: dict[tuple[str, int], dict[str, Tensor]],  # as from `tensors_by_layer`
     injections: dict[str, tuple[Injection, int]],  # as from `injections_by_module`
+    hybrid: bool = False,  # whether LoRA may be inside a residual
 ) -> Layout:
     "Read the structure from an adapter's tensors. Raises ValueError if they contradict one another."
     spans = {place: parts["span"].tolist() for place, parts in residuals.items()}
@@ -93,7 +94,7 @@ def layout_told(
     put = {injection for injection, _ in injections.values()}
     # a fourth number says that the rank is this residual's own
     own = tuple((span[0], len(residuals[place]["A"])) for place, span in spans.items() if len(span) == 4)
-    return Layout(min(depths), tuple((span[0], span[1]) for span in spans.values()), tuple(put), own)
+    return Layout(min(depths), tuple((span[0], span[1]) for span in spans.values()), tuple(put), own, hybrid)
 
 # %% ../../nbs/api/disk/02_tensors.ipynb #a2dd7c91
 def folded(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

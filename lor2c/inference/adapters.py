@@ -90,12 +90,14 @@ def _draw(config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
     shared, scaling = config.get("share", False), config["alpha"] / config["r"]
     residuals = tensors_by_layer(tensors, shared)
     lora = injections_by_module(tensors)
-    depth = layout_told(residuals, lora).depth
+    depth = layout_told(residuals, lora, bool(config.get("lora"))).depth
     lines: dict[int, str] = {}
     for parts in residuals.values():
         lines |= _span_lines(parts, scaling, shared)
     injected = {injection.layer: injection for injection, _ in lora.values()}
-    lines |= {t: f"  LoRA on {_lora_line(injection, lora, tensors)}" for t, injection in injected.items()}
+    for t, injection in injected.items():
+        lines[t] = f"{lines[t]}; " if t in lines else "  "
+        lines[t] += f"LoRA on {_lora_line(injection, lora, tensors)}"
     sharing = "sharing one A, " if shared else ""
     head = f"{len(residuals)} residuals, {sharing}LoRA injected into {len(injected)} of {depth} layers"
     rank = f"r = {config['r']}, alpha / r = {scaling:g}"

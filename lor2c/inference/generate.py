@@ -33,7 +33,7 @@ def find_adapter(
     "The folder that holds the weights. Raises FileNotFoundError if there is none."
     top = Path(folder)
     for place in (top, top / "adapter", top / "model"):
-        if _is_adapter(place) or (place / "config.json").is_file():
+        if is_adapter(place) or (place / "config.json").is_file():
             return place
     why = "holds none of them" if top.is_dir() else "is no folder"
     if (top / "run.json").is_file():
@@ -43,16 +43,17 @@ def find_adapter(
     )
 
 
-def _is_adapter(folder: Path) -> bool:
+def is_adapter(folder: Path) -> bool:
+    "Whether a folder holds an adapter of PEFT."
     return (folder / "adapter_config.json").is_file()
 
 # %% ../../nbs/api/inference/01_generate.ipynb #85e950ef
 def template_of(folder: str | os.PathLike[str]) -> Literal["alpaca", "chat"]:
     "The template of a run's prompts, 'alpaca' if nothing is recorded. Raises as `load_tuned` does for a folder."
-    return _recorded(find_adapter(folder)).get("template", "alpaca")
+    return recorded(find_adapter(folder)).get("template", "alpaca")
 
-
-def _recorded(folder: Path) -> dict[str, Any]:
+# %% ../../nbs/api/inference/01_generate.ipynb #392a0ff5
+def recorded(folder: Path) -> dict[str, Any]:
     "The settings of the run that left a folder, empty without a run. ValueError if its record is damaged."
     place = folder.resolve()
     # a finished run, and a checkpoint of one that may not have finished
@@ -68,11 +69,11 @@ def _recorded(folder: Path) -> dict[str, Any]:
     return {}
 
 # %% ../../nbs/api/inference/01_generate.ipynb #5fc36df9
-def _base_of(folder: Path, config: dict[str, Any], model: str | None) -> str:
+def base_of(folder: Path, config: dict[str, Any], model: str | None) -> str:
     "Name or folder of an adapter's base. Raises OSError, which names the recorded one, if it is not to be had."
     if model:
         return find_model(model)
-    names = [config.get("base_model_name_or_path"), _recorded(folder).get("model")]
+    names = [config.get("base_model_name_or_path"), recorded(folder).get("model")]
     for name in (name for name in names if name and isinstance(name, str)):
         try:
             return find_model(name)
@@ -98,7 +99,7 @@ def load_tuned(
     """
     weights, place = find_adapter(folder), _pick_device(device)
     one_of("precision", precision, tuple(DTYPES))
-    if not _is_adapter(weights):
+    if not is_adapter(weights):
         if model:
             raise ValueError(f"{weights} holds a whole model and needs no base: leave model (--model) out")
         whole, tokenizer = load_decoder(str(weights), precision, quantize, place, trust_remote_code)
@@ -106,9 +107,9 @@ def load_tuned(
     config, tensors = read_adapter(weights)
     if (kind := config.get("task_type")) not in (None, "CAUSAL_LM"):
         raise ValueError(f"the adapter in {weights} is for task_type {kind}, not CAUSAL_LM: it does not generate text")
-    name = _base_of(weights, config, model)
+    name = base_of(weights, config, model)
     base, tokenizer = load_decoder(name, precision, quantize, place, trust_remote_code)
-    return _put_on(base, weights, config["peft_type"], tensors).eval(), tokenizer
+    return put_on(base, weights, config["peft_type"], tensors).eval(), tokenizer
 
 # %% ../../nbs/api/inference/01_generate.ipynb #c2569d67
 def _pick_device(device: str) -> str:
@@ -121,7 +122,7 @@ def _pick_device(device: str) -> str:
     return usable[0] if device == "auto" else device
 
 
-def _put_on(base: Any, folder: Path, kind: str, tensors: dict[str, Tensor]) -> PeftModel:
+def put_on(base: Any, folder: Path, kind: str, tensors: dict[str, Tensor]) -> PeftModel:
     "The base with its adapter. ValueError if a tensor does not fit, has no place, or is missing."
     where = f"the adapter in {folder} does not fit the base {base.config.name_or_path!r}"
     try:

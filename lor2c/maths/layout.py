@@ -7,7 +7,7 @@ __all__ = ['Injection', 'Layout', 'legal_merges', 'legal_injections']
 
 # %% ../../nbs/api/maths/03_layout.ipynb #068ca74e
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -65,7 +65,7 @@ class Injection(NamedTuple):
 class Layout:
     """The residuals and injected LoRA on a stack of `depth` layers. You never change one, a move gives you another.
 
-    Raises ValueError if spans overlap or leave the stack, if a layer has both, and if there is nothing at all.
+    Raises ValueError if spans overlap or leave the stack, if a layer has both and is no hybrid, and if there is nothing at all.
     Source: LoR2C section III-D.
     """
 
@@ -73,6 +73,7 @@ class Layout:
     spans: tuple[Span, ...]  # sorted
     injected: tuple[Injection, ...] = ()  # sorted
     ranks: tuple[tuple[int, int], ...] = ()  # (first layer, rank) of residuals with a rank of their own, sorted
+    hybrid: bool = field(default=False, compare=False)  # whether a layer may have LoRA inside a residual
 
     def __post_init__(self) -> None:
         check_whole("the depth of a layout", self.depth, 1, MOST_LAYERS)
@@ -81,7 +82,7 @@ class Layout:
         starts = {start for start, _ in self.spans}
         ranks = {start: check_rank(r) for start, r in self.ranks if start in starts}
         object.__setattr__(self, "ranks", tuple(sorted(ranks.items())))
-        covered = {layer for start, end in self.spans for layer in range(start, end + 1)}
+        covered = set() if self.hybrid else {t for start, end in self.spans for t in range(start, end + 1)}
         for layer, r, alpha in self.injected:
             if not 0 <= layer < self.depth:
                 raise ValueError(
@@ -91,7 +92,7 @@ class Layout:
             if layer in covered:
                 raise ValueError(f"layer {layer} cannot have injected LoRA and a residual, or LoRA twice")
             covered.add(layer)
-        if not covered:
+        if not (covered or self.spans):
             raise ValueError("a layout without residuals and injected LoRA leaves nothing to train")
 
     def span_from(self, start: int) -> Span:
@@ -158,8 +159,9 @@ def legal_merges(
 
 
 def legal_injections(layout: Layout) -> list[int]:
-    "List every layer whose residual may be replaced by LoRA: those that span one layer."
-    return [start for start, end in layout.spans if start == end]
+    "List every layer whose residual may be replaced by LoRA: those that span one layer and have none inside."
+    inside = {lora.layer for lora in layout.injected}
+    return [start for start, end in layout.spans if start == end and start not in inside]
 
 # %% ../../nbs/api/maths/03_layout.ipynb #6e923a62
 def choose_merge(

@@ -48,7 +48,9 @@ def adapter_config(
             pre_num = usual if run.pre_num is None else run.pre_num
             return ResLoRAConfig(**common, **_settings(run), **_targets(run), shortcut=shortcut, pre_num=pre_num)
         case _:
-            return LoR2CConfig(**common, **_settings(run), share=run.share or run.method == "sharelor2c", units=run.units)
+            inside = [run.lora_rank, run.alpha * run.lora_rank / run.rank] if run.lora_rank else None
+            kind: dict[str, Any] = dict(share=run.share or run.method == "sharelor2c", units=run.units, lora=inside)
+            return LoR2CConfig(**common, **_settings(run), **kind)
 
 
 def _settings(run: Run) -> dict[str, Any]:

@@ -43,7 +43,7 @@ HAVE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rm_directions", "rm_mask"), ("gmlora", "rmlora", *_with_rm)),
     "pre_num": tuple(SHORTCUTS),
     "targets": ("lora", "rslora", "dora", "pissa", *RM_LORA, *SHORTCUTS),
-    **dict.fromkeys(("share", "units"), _residuals),
+    **dict.fromkeys(("share", "units", "lora_rank"), _residuals),
     "max_merges": ("imlor2c", "mergelor2c"),
     **dict.fromkeys(("max_injections", "inject_alpha"), ("imlor2c", "injectlor2c")),
     "keep": ("imlor2c", "mergelor2c"),

@@ -41,6 +41,7 @@ class Run:
     dropout: float = 0.1  # of the adapter's input
     share: bool = False  # one A for all residuals; always so with sharelor2c
     units: Units = "paper"  # "stream": read and write in units measured on the first batch
+    lora_rank: int | None = None  # of LoRA inside every layer, on q and v, beside the residuals at their scaling
     targets: Targets | None = None  # where LoRA and ResLoRA go; q and v if None
     max_merges: int = 0  # M_max; the methods that change their structure have limits of their own
     max_injections: int = 0  # I_max
@@ -85,7 +86,7 @@ class Run:
             raise ValueError(f"method {self.method!r} reads activations that checkpointing does not keep: leave it out")
         self._check_method()
         self.settings()
-        for name in ("max_train_samples", "micro_batch_size"):
+        for name in ("max_train_samples", "micro_batch_size", "lora_rank"):
             if (value := getattr(self, name)) is not None:
                 check_whole(name, value)
         self._check_task()

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from ..data.task import describe_left_out, validation_splits
 from ..data.tasks import find_task
@@ -26,6 +27,7 @@ from .job import Finished, Job, prepare
 from .record import make_record
 from .settings import Run
 from .trainer import callbacks_of
+from ..training.metrics import StructureMetrics
 
 # %% ../../nbs/api/runs/09_train.ipynb #3e6932ee
 def make_trainer(job: Job) -> Trainer:
@@ -41,7 +43,17 @@ def make_trainer(job: Job) -> Trainer:
         **task.kind.scoring(task, job.tokenizer),
     )
     trainer.remove_callback(PrinterCallback)
+    if job.run.report_to != "none":
+        _report(trainer, job.folder)
     return trainer
+
+
+def _report(trainer: Trainer, folder: Path) -> None:
+    "Report an adapter's structure beside the loss. TensorBoard's files must outlive the checkpoints, beside which they'd be."
+    trainer.add_callback(StructureMetrics(trainer))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = callback.logging_dir or str(folder / "logs")
 
 # %% ../../nbs/api/runs/09_train.ipynb #9a31ce15
 def carry_out(

@@ -29,7 +29,7 @@ def layout_in(
     residual, lora = tensors_by_layer(state_dict, config.share), injections_by_module(state_dict)
     if not residual and not lora:
         raise ValueError(f"no LoR2C tensors among the {len(state_dict)} of this checkpoint: it is not a LoR2C adapter")
-    layout = layout_told(residual, lora)
+    layout = layout_told(residual, lora, config.lora is not None)
     for stack in [stack for stack, _ in residual] + [module[: len(path)] for module in lora]:
         _check_match("layers at", stack, path)
     _check_match("a depth of", layout.depth, len(layers))

@@ -18,7 +18,7 @@ from peft import PeftConfig
 
 from ..disk.seal import check_weights, seal
 from ..maths.checks import check_adapter, check_rank, check_whole, one_of
-from ..maths.layout import Injection, Layout, as_span, check_spans
+from ..maths.layout import Injection, Layout, as_span, check_lora, check_spans
 from .compat import add_peft_type, check_before_load
 
 # %% ../../nbs/api/tuners/02_config.ipynb #f7d2556e
@@ -89,6 +89,16 @@ def _as_injected(injected: Any) -> dict[int, list[float]] | None:
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"injected must be layer -> [r, alpha], found {injected!r}") from None
 
+
+def _as_lora(lora: Any) -> list[float]:
+    "[r, alpha]. Raises ValueError for anything else."
+    try:
+        r, alpha = lora
+        check_lora(r, alpha)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora must be [r, alpha] of the LoRA inside the layers, found {lora!r}: {error}") from None
+    return [r, alpha]
+
 # %% ../../nbs/api/tuners/02_config.ipynb #dea9b4cb
 Units = Literal["paper", "stream"]
 
@@ -111,6 +121,7 @@ class LoR2CConfig(PeftConfig):
         units: Read and write the stream as it is ("paper"), or in units measured on the first batch ("stream").
         injected: Layer -> [r, alpha] of the LoRA on its q and v, for layers without a residual.
         ranks: First layer -> rank of the residuals that have a rank of their own. The scaling stays alpha / r.
+        lora: [r, alpha] of LoRA inside every layer, beside the residuals, on `inject_targets`.
         inject_targets: Names of q and v inside a layer. None: found by their usual names.
         modules_to_save: Modules trained and saved in full, such as a new head.
 
@@ -151,6 +162,9 @@ class LoR2CConfig(PeftConfig):
     ranks: dict[int, int] | None = field(
         default=None, metadata={"help": "first layer -> rank of the residuals that have a rank of their own"}
     )
+    lora: list[float] | None = field(
+        default=None, metadata={"help": "[r, alpha] of LoRA inside every layer, beside the residuals"}
+    )
     inject_targets: list[str] | None = field(
         default=None, metadata={"help": "names of q and v inside a layer; None: found by their usual names"}
     )
@@ -172,6 +186,8 @@ class LoR2CConfig(PeftConfig):
             self.ranks = _as_ranks(self.ranks)
         if self.ranks and self.share:
             raise ValueError("ranks cannot differ with share=True: all residuals have one A")
+        if self.lora is not None:
+            self.lora = _as_lora(self.lora)
         if self.spans is not None:
             pairs = [as_span(span) for span in _as_list("spans", self.spans)]
             self.layout(max([0, *(self.injected or {}), *(end for _, end in pairs)]) + 1)
@@ -182,11 +198,15 @@ class LoR2CConfig(PeftConfig):
         injected = [
             # Injection refuses an r that is not whole
             Injection(layer, r, alpha)  # type: ignore[arg-type]
-            for layer, (r, alpha) in (self.injected or {}).items()
+            for layer, (r, alpha) in self._lora_by_layer(depth).items()
         ]
-        taken = {lora.layer for lora in injected}
+        taken = set() if self.lora else {lora.layer for lora in injected}
         spans = [span for span in check_spans(self.spans, depth) if self.spans is not None or span[0] not in taken]
-        return Layout(depth, tuple(spans), tuple(injected), tuple((self.ranks or {}).items()))
+        return Layout(depth, tuple(spans), tuple(injected), tuple((self.ranks or {}).items()), self.lora is not None)
+
+    def _lora_by_layer(self, depth: int) -> dict[int, list[float]]:
+        "Layer -> [r, alpha] of its LoRA."
+        return self.injected or (dict.fromkeys(range(depth), self.lora) if self.lora else {})
 
     def with_layout(self, layout: Layout) -> "LoR2CConfig":
         "Return a copy that describes this structure."

@@ -111,8 +111,9 @@ class LoR2CModel(_Saved):
         path, layers = find_layers(self.model, config.layers)
         layout = config.layout(len(layers))
         check_fit(self.model, layout, config)
-        self._wanted: dict[str, Any] = {f"{path}.{end}": (start, end) for start, end in layout.spans}
-        self._wanted |= {f"{path}.{injection.layer}": injection for injection in layout.injected}
+        self._wanted: dict[str, list[Any]] = {}
+        for layer, part in [*((span[1], span) for span in layout.spans), *((one.layer, one) for one in layout.injected)]:
+            self._wanted.setdefault(f"{path}.{layer}", []).append(part)
         warn_of_frozen_head(self.model, config)
         return config
 
@@ -124,13 +125,13 @@ class LoR2CModel(_Saved):
         self, config: Any, name: str, target: Any, target_name: str, parent: Any, current_key: str,
         parameter_name: str | None = None,
     ) -> None:  # fmt: skip
-        wanted = self._wanted[current_key]
-        if isinstance(wanted, Injection):
-            switched = switches(self.model)
-            switch(add_lora(self.model, parent, wanted, name, config.dropout, config.inject_targets), switched)
-        else:
-            width, like = stream_width(self.model, current_key.rpartition(".")[0]), first_floating(target)
-            add_residual(self.model, parent, wanted, width, name, config, like)
+        width, like = stream_width(self.model, current_key.rpartition(".")[0]), first_floating(target)
+        for wanted in self._wanted[current_key]:
+            if isinstance(wanted, Injection):
+                switched = switches(self.model)
+                switch(add_lora(self.model, parent, wanted, name, config.dropout, config.inject_targets), switched)
+            else:
+                add_residual(self.model, parent, wanted, width, name, config, like)
 
     def layout(self, adapter_name: str | None = None) -> Layout:
         "Read the structure of an adapter (None: the active one) as it is now. Raises ValueError if there is no such adapter."

@@ -70,7 +70,10 @@ def layout_of(
     spans = tuple((layer.start[adapter_name], layer.end) for layer in layers)
     own = [layer for layer in layers if len(layer.lor2c_span[adapter_name]) > 3]
     ranks = tuple((layer.start[adapter_name], len(layer.pair(adapter_name)[0].weight)) for layer in own)
-    return Layout(depths.pop(), spans, tuple({injection for injection, _ in injections}), ranks)
+    put = {injection for injection, _ in injections}
+    # a layer with both can only be a hybrid's
+    hybrid = any(start <= one.layer <= end for start, end in spans for one in put)
+    return Layout(depths.pop(), spans, tuple(put), ranks, hybrid)
 
 # %% ../../nbs/api/tuners/07_structure.ipynb #a43997a0
 def set_layout(

@@ -59,7 +59,7 @@ class Reached(Exception):
 def the_grammar() -> dict[str, list[argparse.Action]]:
     """Command -> its arguments."""
     choices = next(a.choices for a in make_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return {name: [a for a in choices[name]._actions if a.dest != "help"] for name in COMMANDS}
+    return {name: [a for a in choices[name]._actions if a.dest not in ("help", "save_config")] for name in COMMANDS}
 
 
 GRAMMAR = the_grammar()
@@ -107,6 +107,7 @@ def given_arguments(tmp_path_factory) -> dict[str, dict[str, str]]:
         "compare": {"tasks": "rte", "methods": "lora,lor2c", **run},
         "sweep": {"task": "rte", **run},
         "generate": {"adapter_dir": str(place / "model"), "prompt": "?"},
+        "export": {"adapter_dir": str(place / "model"), "to": "new"},
         "inspect": {"adapter_dir": str(place / "model")},
     }
 

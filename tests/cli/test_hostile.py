@@ -208,7 +208,7 @@ def test_a_disk_that_takes_no_more(tmp_path, size):
     assert full.stderr.count("\n") == 1 and "takes no more" in full.stderr and "--resume" in full.stderr
     done = train("--resume" if (tmp_path / "run/run.json").exists() else "--seed=42")
     assert done.returncode == 0 and (tmp_path / "run/record.json").exists(), done.stderr
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["adapter", "record.json", "run.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["adapter", "config.yaml", "record.json", "run.json"]
 
 
 def test_the_others_end_with_a_line_when_a_process_dies(glue_data, tmp_path):

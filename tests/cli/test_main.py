@@ -20,7 +20,7 @@ from datasets import Value
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lor2c.cli.main import main
 from lor2c.data.base import demo_model, load_classifier
@@ -63,7 +63,7 @@ def undisturbed(glue_data, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_a_record_and_an_adapter(undisturbed):
     record, tensors = result(undisturbed)
-    assert sorted(p.name for p in undisturbed.iterdir()) == ["adapter", "record.json", "run.json"]
+    assert sorted(p.name for p in undisturbed.iterdir()) == ["adapter", "config.yaml", "record.json", "run.json"]
     assert (record["method"], record["task"], record["seed"]) == ("lor2c", "sst2", 3)
     assert record["adapter_parameters"] == 36_864 and record["trainable_parameters"] == 37_634
     assert [e["epoch"] for e in record["history"]] == [1.0, 2.0, 3.0] and record["metrics"]["last"]["epoch"] == 3.0
@@ -259,6 +259,17 @@ def test_inspect(capsys, undisturbed, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert "damaged" in refused(capsys, "inspect", cut)
     assert "adapter_config.json is missing" in refused(capsys, "inspect", tmp_path)
+
+
+def test_export(capsys, undisturbed, tmp_path):
+    """A classifier keeps its head and the names of its labels."""
+    main(["export", str(undisturbed), "--to", str(tmp_path / "new")])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new", trust_remote_code=True).eval()
+    tuned = PeftModel.from_pretrained(load_classifier("minilm", ("negative", "positive"))[0], undisturbed / "adapter")
+    rows = AutoTokenizer.from_pretrained(tmp_path / "new")(["a fine film", "a bore"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**rows).logits, tuned.eval()(**rows).logits)
+    assert model.config.id2label == dict(enumerate(GLUE["sst2"].labels))
 
 
 def test_usage_errors_exit_with_2(capsys):

@@ -17,6 +17,7 @@ VARIANTS = {
     "best": {"best": True},
     "share": {"share": True},
     "stream": {"units": "stream"},
+    "hybrid": {"lora": [2, 4]},
     "fitted": {"units": "stream", "moves": {"keep": "fitted"}},
     "shrunk": {"moves": {"budget": 0.5}},
     "restored by Trainer": {"restore": True},

@@ -13,7 +13,9 @@ from torch import nn
 import lor2c
 from lor2c.disk.tensors import read_mark
 from lor2c.maths.layout import Injection, Layout
+from lor2c.training.surgery import merge_modules
 from lor2c.tuners.injection import FusedUp, add_lora, find_qv, injected, remove_lora
+from lor2c.tuners.residual import pairs_of
 from lor2c.tuners.stack import find_layers
 
 QV = {
@@ -418,3 +420,50 @@ def test_a_configuration_belongs_to_who_wrote_it():
     ]
     second = get_peft_model(build("Llama"), config)
     assert second.base_model.layout().spans == ((0, 0), (1, 1), (2, 2), (3, 3))
+
+
+# Inside residuals
+
+
+@pytest.mark.parametrize("stack", ["BERT", "GPT-2", "Llama", "T5 decoder"])
+def test_lora_inside_residuals(stack, tmp_path):
+    """A hybrid is the base at first, trains both, equals residuals and LoRA that are put on by hand, and comes back."""
+    path, depth = layers_path(stack), 4
+    made = dict(r=2, alpha=4, dropout=0.0, layers=path, task_type=task_type(stack))
+    hybrid = get_peft_model(build(stack), lor2c.LoR2CConfig(**made, lora=[2, 6])).eval()
+    layers = [(t, t) for t in range(depth)]
+    assert hybrid.base_model.layout() == Layout(depth, tuple(layers), tuple((t, 2, 6) for t in range(depth)), hybrid=True)
+    assert torch.equal(hybrid(**batch(stack)).logits, build(stack)(**batch(stack)).logits)
+    randomise(hybrid)
+    hybrid(**batch(stack)).loss.backward()
+    own = [p for name, p in hybrid.named_parameters() if ".lor2c" in name]
+    assert all(p.grad is not None and p.grad.any() for p in own)
+
+    alone = lor2c.LoR2CConfig(**made, spans=[], injected={t: [2, 6] for t in range(depth)})
+    by_hand = get_peft_model(build(stack), alone).eval()
+    by_hand.base_model.model.load_state_dict(hybrid.base_model.model.state_dict(), strict=False)
+    outside = get_peft_model(by_hand.base_model.model, lor2c.LoR2CConfig(**made), adapter_name="outside")
+    pairs = pairs_of(hybrid, "default")
+    for span, pair in pairs_of(outside, "outside").items():
+        for p, value in zip(pair, pairs[span], strict=True):
+            p.data = value.data.clone()
+    for module in outside.modules():  # both at once
+        if hasattr(module, "lor2c_injected"):
+            module._active_adapter = ["default"]
+    with torch.no_grad():
+        torch.testing.assert_close(outside(**batch(stack)).logits, hybrid(**batch(stack)).logits)
+
+    merge_modules(hybrid, 0, 1)
+    hybrid.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(stack), tmp_path).eval()
+    assert again.base_model.layout() == hybrid.base_model.layout() and len(again.base_model.layout().spans) == 3
+    assert torch.equal(again(**batch(stack)).logits, hybrid(**batch(stack)).logits)
+    with pytest.raises(ValueError, match="LoRA twice"):
+        lor2c.inject_lora(hybrid, 2)
+
+
+def test_what_lora_inside_cannot_be():
+    for wrong in (4, [4], [0, 1], [4, 0], ["4", 8], [4, 8, 1], {"r": 4}):
+        with pytest.raises(ValueError, match="lora must be"):
+            lor2c.LoR2CConfig(lora=wrong)
+    assert lor2c.LoR2CConfig(lora=[4, 8], spans=[[0, 1]]).layout(3).injected == tuple((t, 4, 8) for t in range(3))

@@ -83,7 +83,7 @@ def train(folder: Path, resume: bool, how: dict) -> dict:
     """One training of a six-layer Llama; what it ends with."""
     set_seed(0)
     base = T.LlamaForCausalLM(T.LlamaConfig(**{**DECODER, "num_hidden_layers": 6}))
-    own = {name: how[name] for name in ("share", "units") if name in how}
+    own = {name: how[name] for name in ("share", "units", "lora") if name in how}
     config = lor2c.LoR2CConfig(r=4, alpha=8, dropout=0.1, task_type="CAUSAL_LM", **own)
     model = get_peft_model(base, config)
     accumulation, best = how.get("accumulation", 1), how.get("best", False)
