@@ -15,6 +15,7 @@ from conftest import MORE, ROOT, copy_repository, notebooks, run
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from lor2c.cli.main import COMMANDS
 from lor2c.data.tasks import TASKS
 
 PACKAGE = ROOT / "lor2c"
@@ -460,7 +461,7 @@ def test_help_tells_what_a_user_needs(read: list[str]) -> None:
 
 def test_help_of_the_command_line(read: list[str]) -> None:
     """Every flag says what it is, in lines that fit a terminal of 80 columns and break no name at a hyphen."""
-    assert read[2].count("usage: lor2c ") == 9
+    assert read[2].count("usage: lor2c ") == 1 + len(COMMANDS)
     assert [line for line in read[2].splitlines() if len(line) > 80 or re.search(r"\w-$", line)] == []
     assert read[3].strip() == ""
 
