@@ -108,6 +108,7 @@ MORE = (
     "tests/cli/test_command_lines.py::test_many",
     *(f"tests/disk/test_checkpoints.py::test_a_{name}" for name in ("run", "damaged", "moved")),
     "tests/disk/test_checkpoints.py::test_left_over",
+    "tests/data/test_problems.py::test_a_decoder_learns",
     "tests/disk/test_fuzz.py",
     "tests/experiments/test_pool.py",
     "tests/experiments/test_sweep.py",
