@@ -109,6 +109,7 @@ MORE = (
     *(f"tests/disk/test_checkpoints.py::test_a_{name}" for name in ("run", "damaged", "moved")),
     "tests/disk/test_checkpoints.py::test_left_over",
     "tests/data/test_problems.py::test_a_decoder_learns",
+    *(f"tests/data/test_images.py::test_{name}" for name in ("other_digits", "the_best_epoch", "only_a_pair")),
     "tests/disk/test_fuzz.py",
     "tests/experiments/test_pool.py",
     "tests/experiments/test_sweep.py",
