@@ -111,6 +111,8 @@ MORE = (
     "tests/cli/test_config.py::test_tensorboard_gets_the_structure",
     *(f"tests/disk/test_checkpoints.py::test_a_{name}" for name in ("run", "damaged", "moved")),
     "tests/disk/test_checkpoints.py::test_left_over",
+    "tests/data/test_problems.py::test_a_decoder_learns",
+    *(f"tests/data/test_images.py::test_{name}" for name in ("other_digits", "the_best_epoch", "only_a_pair")),
     "tests/disk/test_fuzz.py",
     "tests/inference/test_export.py::test_round_trips_of_every_stack",
     "tests/experiments/test_pool.py",

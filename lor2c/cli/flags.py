@@ -18,7 +18,7 @@ from ..runs.settings import Run
 
 # %% ../../nbs/api/cli/00_flags.ipynb #00fe418d
 MODELS = "base model: on the hub, a folder, minilm (a small encoder) or gemma-270m (a small decoder)"
-DATA = "GLUE as DIR/rte/train.parquet ..., instructions as DIR/train.parquet, .json or .jsonl, or a file; else from the hub"
+DATA = "each task as DIR/rte/train.parquet ..., instructions as DIR/train.parquet, .json or .jsonl, or a file; else from the hub"
 
 # %% ../../nbs/api/cli/00_flags.ipynb #9602985d
 SETTINGS = {  # setting of a run: its type and meaning
@@ -49,6 +49,11 @@ ON_ALL = {name: text for name, text in ON_GLUE.items() if name != "seed"} | {
     "alpha": "16; alpaca: 32",
     "dropout": "0.1; alpaca: 0.05",
     "micro-batch-size": "all; alpaca: 8 at most",
+}
+ON_PROBLEMS = {
+    **ON_GLUE,
+    **{"rank": "4", "alpha": "8", "dropout": "0.05", "lr": "3e-4; full and gemma-270m have their own", "seed": "42"},
+    **{"micro-batch-size": "8 at most", "max-train-samples": "all; metamathqa: 40,000"},
 }
 ON_ALPACA = {
     **{"rank": "64", "alpha": "32", "dropout": "0.05", "epochs": "3", "batch-size": "128, of all processes together"},

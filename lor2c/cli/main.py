@@ -23,6 +23,9 @@ from .endings import quieten, stop
 COMMANDS = {  # name: its module, what it does
     "demo": ("demo", "compare methods on movie reviews: minutes, on a CPU"),
     "glue": ("train", "fine-tune on a GLUE task"),
+    "squad": ("train", "find answers in a text"),
+    "reason": ("train", "tune a decoder on word problems and common sense"),
+    "images": ("train", "classify pictures"),
     "alpaca": ("train", "tune a decoder on instructions"),
     "compare": ("many", "methods side by side, over tasks and seeds"),
     "sweep": ("many", "try limits of merges and injections on a GLUE task"),
@@ -77,7 +80,7 @@ def main(
         stop(error, code=1)
     except KeyboardInterrupt:
         again = dict.fromkeys(("demo", "compare", "sweep"), "; the same command goes on")
-        again |= dict.fromkeys(("glue", "alpaca"), "; the same command with --resume goes on")
+        again |= dict.fromkeys(("glue", "squad", "reason", "images", "alpaca"), "; the same command with --resume goes on")
         print(f"\nlor2c: interrupted{again.get(args.command, '')}", file=sys.stderr)
         raise SystemExit(130) from None
 

@@ -17,7 +17,7 @@ from importlib import import_module
 from .config import keep_config
 from .endings import stop
 from .flags import ON_ALL, ON_GLUE, add_generative, add_limits, add_settings, add_task, changes_of
-from ..data.glue import GLUE
+from ..data.tasks import TASKS
 from ..experiments.compare import Comparison, best_places, carry_out_comparison, prepare_comparison
 from ..experiments.sweep import prepare_sweep
 from ..experiments.table import describe as describe_run
@@ -97,7 +97,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "Fine-tune with several methods on the same tasks, data, epochs and seeds, each at its own learning rate. An "
         "interrupted comparison goes on with the same command. A longer list in the same DIR trains the missing runs."
     )
-    parser.add_argument("--tasks", required=True, help=f"comma-separated, of demo, alpaca, {', '.join(GLUE)}")
+    parser.add_argument("--tasks", required=True, help=f"comma-separated, of {', '.join(TASKS)}")
     parser.add_argument(
         "--methods", required=True,
         help="comma-separated, with settings of their own after colons, such as lora,lora:rank=4,lor2c",

@@ -186,17 +186,18 @@ def load_classifier(
     model: str,  # as `find_model`
     labels: Sequence[str] = (),  # names in the order of their numbers; empty for regression
     trust_remote_code: bool = False,  # run code that the model's folder brings
+    auto: Any = AutoModelForSequenceClassification,  # or another of transformers' Auto classes, for another head
+    read: Callable[[str, bool], Any] | None = None,  # loads something in the tokenizer's place
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     """A pretrained model with a head of one logit per label, in float32, its tokenizer, and the modules that are new.
 
-    Raises OSError if there is no such model, ValueError if it is damaged or does not fit, ImportError for a package that
-    it needs.
-    """
+    Raises OSError if there is no such model, ValueError if it is damaged, ImportError for a package that it needs."""
     name = _remembered(find_model(model))
     config = _head_config(name, labels, trust_remote_code)
     options = dict(config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
-    loaded, report = load(AutoModelForSequenceClassification, name, trust_remote_code, **options)
-    return loaded, _load_tokenizer(name, loaded, trust_remote_code), _new_modules(loaded, report)
+    loaded, report = load(auto, name, trust_remote_code, **options)
+    tokenizer = read(name, trust_remote_code) if read else _load_tokenizer(name, loaded, trust_remote_code)
+    return loaded, tokenizer, _new_modules(loaded, report)
 
 
 def _head_config(name: str, labels: Sequence[str], trust: bool) -> Any:

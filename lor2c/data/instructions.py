@@ -167,7 +167,7 @@ def _question(row: dict[str, Any]) -> tuple[str, str]:
     return row["instruction"], row["input"]
 
 # %% ../../nbs/api/data/06_instructions.ipynb #85740a58
-def _tokenize(
+def tokenize_instructions(
     rows: Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -188,7 +188,7 @@ def _tokenize(
     return Dataset.from_list(encoded), [n for n, ids in tokens.items() if ids["labels"][-1] == IGNORED]
 
 # %% ../../nbs/api/data/06_instructions.ipynb #bcaed3aa
-class _ByLength(LengthGroupedSampler):
+class ByLength(LengthGroupedSampler):
     "Rows of similar length together, in an order that follows from seed and epoch, whatever else draws random numbers."
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -201,16 +201,16 @@ class _ByLength(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
 
 
-class _InstructionTrainer(Trainer):
+class InstructionTrainer(Trainer):
     """A Trainer whose order of rows follows from seed and epoch, the same however a batch is cut up.
 
     With several processes accelerate fills the last batch of an epoch with rows of its beginning."""
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> _ByLength:
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> ByLength:
         rows: Any = train_dataset or self.train_dataset
         args = self.args
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return _ByLength([len(ids) for ids in rows["input_ids"]], batch, args.seed)
+        return ByLength([len(ids) for ids in rows["input_ids"]], batch, args.seed)
 
 # %% ../../nbs/api/data/06_instructions.ipynb #94b99aeb
 def _load_model(task: Task, run: Asked) -> tuple[nn.Module, PreTrainedTokenizerBase, list[str]]:
@@ -226,8 +226,8 @@ def _load_data(task: Task, run: Asked, tokenizer: PreTrainedTokenizerBase) -> tu
     rows, max_length = training.rows, min(run.max_length, tokenizer.model_max_length)
     if run.max_train_samples is not None and run.max_train_samples < len(rows):
         rows = random.Random(run.seed).sample(rows, run.max_train_samples)
-    train, too_long = _tokenize(rows, tokenizer, max_length, run.template)
-    validation, too_long_held = _tokenize(held, tokenizer, max_length, run.template)
+    train, too_long = tokenize_instructions(rows, tokenizer, max_length, run.template)
+    validation, too_long_held = tokenize_instructions(held, tokenizer, max_length, run.template)
     left_out = dict(training.left_out)
     if too_long or too_long_held:
         left_out["prompt leaves no room for a response"] = sorted(too_long + too_long_held)
@@ -273,7 +273,7 @@ def _check_tokens(model: Any, data: DatasetDict) -> None:
 
 # %% ../../nbs/api/data/06_instructions.ipynb #3ff8bb75
 INSTRUCTIONS = Kind(
-    "CAUSAL_LM", _load_model, _load_data, _scoring, _InstructionTrainer, lower_is_better=True, check=_check,
+    "CAUSAL_LM", _load_model, _load_data, _scoring, InstructionTrainer, lower_is_better=True, check=_check,
     check_rows=_check_rows, check_data=_check_tokens, own_settings=("held_out", "template", "quantize"),
     batch_of_all=True, most_rows=8, least_eval_rows=1, evaluations=4, by_token=True, keeps_tokenizer=True,
 )  # fmt: skip

@@ -74,7 +74,7 @@ class Asked(Protocol):
 class Kind:
     "The part of a task that all tasks of one sort share: everything that `lor2c.runs` asks, but for rows and labels."
 
-    task_type: str  # PEFT's name of it, such as "SEQ_CLS"
+    task_type: str | None  # PEFT's name of it, such as "SEQ_CLS"; None: PEFT has none
     load_model: Callable[["Task", Asked], tuple[nn.Module, PreTrainedTokenizerBase, list[str]]]  # and the new modules
     load_data: Callable[["Task", Asked, PreTrainedTokenizerBase], tuple[DatasetDict, dict[str, list[int]]]]
     scoring: Callable[["Task", PreTrainedTokenizerBase], dict[str, Any]]  # collator and metrics, as Trainer's arguments
@@ -141,7 +141,9 @@ class Task:
 
 # %% ../../nbs/api/data/01_task.ipynb #12389401
 def by_length(rows: Dataset) -> Dataset:
-    "The same rows, short ones first."
+    "The same rows, short ones first, or as they are if they are no texts."
+    if "input_ids" not in rows.column_names:
+        return rows
     return rows.select(np.argsort([len(ids) for ids in rows["input_ids"]], kind="stable"))
 
 

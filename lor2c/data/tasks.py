@@ -8,11 +8,14 @@ __all__ = ['TASKS', 'find_task', 'add_task']
 # %% ../../nbs/api/data/07_tasks.ipynb #8106f062
 from .demo import DEMO
 from .glue import GLUE
+from .images import TASKS_OF_IMAGES
 from .instructions import ALPACA
+from .problems import TASKS_OF_PROBLEMS
+from .questions import SQUAD
 from .task import Task
 
 # %% ../../nbs/api/data/07_tasks.ipynb #9b377329
-TASKS: dict[str, Task] = {task.name: task for task in (DEMO, *GLUE.values(), ALPACA)}
+TASKS: dict[str, Task] = {task.name: task for task in (DEMO, *GLUE.values(), SQUAD, ALPACA, *TASKS_OF_PROBLEMS.values(), *TASKS_OF_IMAGES.values())}
 
 
 def find_task(name: str) -> Task:

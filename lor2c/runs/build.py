@@ -28,6 +28,8 @@ def adapter_config(
 ) -> PeftConfig | None:
     "The PEFT configuration of a run's method; None for full fine-tuning."
     common: dict[str, Any] = dict(task_type=find_task(run.task).kind.task_type, modules_to_save=list(new) or None)
+    if run.targets == "head":
+        common |= dict(task_type=None, modules_to_save=None, target_modules=_head(run, new))
     match run.method:
         case "full":
             return None
@@ -65,7 +67,14 @@ def _lora_settings(run: Run) -> dict[str, Any]:
 
 def _targets(run: Run) -> dict[str, Any]:
     "Where LoRA goes, if a run says so."
-    return {"target_modules": TARGETS[run.targets]} if run.targets else {}
+    return {"target_modules": TARGETS[run.targets]} if run.targets and TARGETS[run.targets] else {}
+
+
+def _head(run: Run, new: Sequence[str]) -> list[str]:
+    "The new head, on which the only pair goes. Raises ValueError if the task has none."
+    if not new:
+        raise ValueError(f"task {run.task!r} has no new head: choose other targets than 'head'")
+    return list(new)
 
 
 def _adalora_settings(run: Run) -> dict[str, Any]:
