@@ -51,7 +51,7 @@ def make_parser(
     parser = argparse.ArgumentParser(
         prog="lor2c", description="Fine-tune transformers through low-rank residual connections."
     )
-    parsers = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, help) in COMMANDS.items():
         command = parsers.add_parser(name, help=help, formatter_class=_WholeNames)
         if name in commands:

@@ -10,9 +10,10 @@ import transformers as T
 from conftest import refused
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny import decoder_folder
+from tiny import byte_tokenizer, decoder_folder
 
 from lor2c.data.base import load_decoder
+from lor2c.data.instructions import tokenize_instructions
 from lor2c.data.problems import PROBLEMS, find_answer, load_problems, respond
 from lor2c.data.prompts import as_tokens, make_prompt
 from lor2c.runs.progress import Progress
@@ -117,6 +118,12 @@ def test_settings_that_do_not_fit_are_refused(capsys, data, model, tmp_path):
         "--output-dir",
         tmp_path / "c",
     )
+
+
+def test_a_prompt_without_room_is_left_out_and_its_number_told():
+    rows = [{"n": n, "instruction": "a" * size, "input": "", "output": "b"} for n, size in ((3, 2), (7, 400))]
+    tokens, out = tokenize_instructions(rows, byte_tokenizer(), 300, "alpaca")
+    assert len(tokens) == 1 and out == [7]
 
 
 # Answers
