@@ -87,7 +87,7 @@ PAGES = (
     *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
     "explanations/annotated_lor2c",
     *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "own_task", "quantised")),
-    *(f"howto/{name}" for name in ("many_machines", "resume", "serve", "several_gpus", "trainer", "trl")),
+    *(f"howto/{name}" for name in ("command_line", "many_machines", "resume", "serve", "several_gpus", "trainer", "trl")),
     *(f"results/{name}" for name in ("comparison", "figures", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
 )
