@@ -88,6 +88,8 @@ PAGES = (
     "explanations/annotated_lor2c",
     *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "own_task", "quantised")),
     *(f"howto/{name}" for name in ("command_line", "many_machines", "resume", "serve", "several_gpus", "trainer", "trl")),
+    *(f"methods/{name}" for name in ("lor2c", "sharelor2c", "imlor2c", "rm_lora", "reslora")),
+    *(f"methods/{name}" for name in ("stream_units", "fitted_merges", "shrink")),
     *(f"results/{name}" for name in ("comparison", "figures", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
 )

@@ -204,7 +204,7 @@ def test_there_is_a_copy_for_language_models(site: Path, pages: dict[Path, Page]
     order = [internal(home, link, site)[0] for link in pages[home].sidebar]
     assert [(site / c).resolve() for c in copies] == [p.with_suffix(".llms.md") for p in order]
     assert all((site / c).is_file() for c in copies)
-    sections = "Home", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
+    sections = "Home", "What works", "Methods", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
     assert tuple(re.findall("^## (.+)", index, re.M)) == sections
 
 
@@ -388,7 +388,7 @@ def test_home_and_its_menu(browser: Chrome, address: str) -> None:
     visit(browser, address)
     assert "lor2c" in browser.title and "lor2c" in find(browser, "h1").text
     entries = browser.find_elements(By.CSS_SELECTOR, "#navbarCollapse .navbar-nav.me-auto a.nav-link")
-    names = "Home", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
+    names = "Home", "Methods", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
     assert tuple(a.text for a in entries) == names
 
 

@@ -1,4 +1,4 @@
-"""Draw the home page's two pictures from the records under results/; with `--check`, only say whether they are up to date."""
+"""Draw the pictures of the home page, from the records under results/, and of the methods; with `--check`, only say whether they are up to date."""
 
 # ruff: noqa: E501  a tag stays in one piece
 
@@ -109,11 +109,7 @@ def structure(run: dict) -> str:
     parts += [
         f'<text x="{LEFT - 6}" y="44" class="code {look}">{text}</text>' for text, look in states(layouts, frames)
     ]
-    boxes = [
-        f'<rect class="box" x="{left(i)}" y="140" width="{WIDE}" height="66" rx="8"/>'
-        f'<text x="{left(i) + WIDE // 2}" y="163" text-anchor="middle">layer {i}</text>' for i in range(6)
-    ]  # fmt: skip
-    stream = '<path class="line" d="M12 179H746"/>'
+    stream, *layers = boxes()
     moving = f".is,.was,.draw{{animation:{SECONDS}s 3 both}}" + "".join(frames)
     draw = f"@keyframes draw{{0%,{percent(1)}%{{stroke-dashoffset:100}}{percent(8)}%,100%{{stroke-dashoffset:0}}}}.draw{{animation-name:draw;animation-timing-function:linear}}"
     style = f".was{{opacity:0}}\n@media(prefers-reduced-motion:no-preference){{{moving}{draw}}}"
@@ -123,7 +119,7 @@ def structure(run: dict) -> str:
         "values. Below, the training loss falls over eight epochs."
     )
     order = [p for p in parts if "BA</text>" in p], [p for p in parts if "BA</text>" not in p]
-    return svg(760, 322, says, style, stream, *order[0], *boxes, *order[1], *loss(run))
+    return svg(760, 322, says, style, stream, *order[0], *layers, *order[1], *loss(run))
 
 
 def states(layouts: list[tuple[float, str]], frames: list[str]) -> list[tuple[str, str]]:
@@ -158,6 +154,74 @@ def loss(run: dict) -> list[str]:
         ends,
         f'<path class="draw" pathLength="100" stroke-dasharray="100" d="{line}" fill="none" stroke="#2780e3" stroke-width="4"/>',
     ]
+
+
+# One picture for each method that has no other
+
+
+def boxes() -> list[str]:
+    """Six layers in a row, on the stream."""
+    return ['<path class="line" d="M12 179H746"/>'] + [
+        f'<rect class="box" x="{left(i)}" y="140" width="{WIDE}" height="66" rx="8"/>'
+        f'<text x="{left(i) + WIDE // 2}" y="163" text-anchor="middle">layer {i}</text>'
+        for i in range(6)
+    ]
+
+
+def shared() -> str:
+    """ShareLoR2C: a B for each layer, and one A."""
+    arcs = []
+    for i in range(6):
+        middle = left(i) + WIDE // 2
+        arcs += [
+            residual(i, i, i, "pair").replace(f'x="{middle}" y="93"', f'x="{middle - 13}" y="93"').replace("BA", "B"),
+            f'<rect x="{middle}" y="69" width="27" height="34" rx="7" fill="#8297ab"/>'
+            f'<text x="{middle + 13}" y="93" text-anchor="middle" style="fill:#000">A</text>',
+        ]
+    says = "A residual around each of six layers. Each has a B in a colour of its own, and all have the same A."
+    stream, *layers = boxes()
+    return svg(
+        760,
+        224,
+        says,
+        "",
+        f'<text class="soft" x="{LEFT - 6}" y="44">one A, a B for each layer</text>',
+        stream,
+        *arcs,
+        *layers,
+    )
+
+
+def shortcuts() -> str:
+    """ResLoRA: a block in each layer that reads the block before it."""
+    parts = [lora(i, i, "pair").replace(">q<", ">BA<").replace(">v<", "><") for i in range(6)]
+    parts = [p.partition("<rect")[0] + f'<rect x="{left(i) + 24}" y="170" width="50" height="30" rx="6" fill="{HUES[i][0]}"/>'
+             f'<text x="{left(i) + 49}" y="192" text-anchor="middle" style="fill:{HUES[i][1]}">BA</text></g>' for i, p in enumerate(parts)]  # fmt: skip
+    arcs = [
+        f'<path d="M{left(i) + 60} 200C{left(i) + 70} 262 {left(i + 1) + 22} 262 {left(i + 1) + 36} 208" fill="none" stroke="{HUES[i][0]}" stroke-width="4"/>'
+        f'<path d="M{left(i + 1) + 29} 212l12 -1-3 -11z" fill="{HUES[i][0]}"/>'
+        for i in range(5)
+    ]
+    says = "A low-rank block inside each of six layers, and an arrow from each block to the next."
+    title = f'<text class="soft" x="{LEFT - 6}" y="118">while it trains, each block also reads the one before it</text>'
+    return svg(760, 190, says, "", '<g transform="translate(0 -78)">', title, *boxes(), *parts, *arcs, "</g>")
+
+
+def masked() -> str:
+    """RM-LoRA: half of the directions of a pair learn at each step, and not always the same."""
+    rows, steps = 8, 12
+    cells = [
+        f'<rect x="{150 + 48 * step}" y="{62 + 24 * row}" width="42" height="18" rx="4" '
+        + (f'fill="{HUES[row % 6][0]}"/>' if (3 * row + 5 * step) % rows < rows // 2 else 'class="box"/>')
+        for row in range(rows) for step in range(steps)
+    ]  # fmt: skip
+    names = [
+        f'<text class="soft" x="{LEFT - 6}" y="{77 + 24 * row}" style="font-size:16px">direction {row}</text>'
+        for row in range(rows)
+    ]
+    title = f'<text class="soft" x="{LEFT - 6}" y="40">which directions of a pair learn, step by step</text>'
+    says = "A grid of eight directions and twelve steps. In each step four of the eight are coloured: these learn."
+    return svg(760, 272, says, "", title, *names, *cells)
 
 
 # The one number
@@ -204,6 +268,9 @@ def pictures() -> dict[Path, str]:
     return {
         IMAGES / "structure.svg": structure(record("rules", "mrpc-paper-1")),
         IMAGES / "gemma_loss.svg": gemma(falls()),
+        IMAGES / "share.svg": shared(),
+        IMAGES / "reslora.svg": shortcuts(),
+        IMAGES / "rm_lora.svg": masked(),
     }
 
 
