@@ -310,6 +310,12 @@ def test_internal_names_are_shown_without_an_entry(site: Path, pages: dict[Path,
     assert wrong == []
 
 
+def test_imports_are_folded(site: Path) -> None:
+    """A page begins with its point; who needs the imports opens them."""
+    folded = [p for p in site.rglob("*.html") if re.search(r"<summary>Imports</summary>", p.read_text("utf-8"))]
+    assert len(folded) > 30
+
+
 LONGEST = 25  # lines; with prose above and below, they fit a phone's screen and a laptop's
 UNSEEN = re.compile(r"^\s*#\s*\|\s*(hide\b(?!_)|echo:\s*false|include:\s*false|export[is]?\b)", re.M)  # exports: see below
 
