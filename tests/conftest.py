@@ -87,7 +87,10 @@ PAGES = (
     *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
     "explanations/annotated_lor2c",
     *(f"howto/{name}" for name in ("accelerate", "choose_structure", "hub", "own_model", "own_task", "quantised")),
-    *(f"howto/{name}" for name in ("many_machines", "other_trainers", "resume", "serve", "several_gpus", "trainer", "trl")),
+    *(f"howto/{name}" for name in ("command_line", "many_machines", "other_trainers", "resume", "serve", "several_gpus")),
+    *(f"howto/{name}" for name in ("trainer", "trl")),
+    *(f"methods/{name}" for name in ("lor2c", "sharelor2c", "imlor2c", "rm_lora", "reslora")),
+    *(f"methods/{name}" for name in ("stream_units", "fitted_merges", "shrink")),
     *(f"results/{name}" for name in ("comparison", "figures", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
 )
