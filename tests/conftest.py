@@ -49,6 +49,7 @@ def refused(capsys, *arguments: str | Path) -> str:
     """The one line that a wrong input gets, with exit code 2."""
     from lor2c.cli.main import main
 
+    capsys.readouterr()  # what was written before is not the command's
     with pytest.raises(SystemExit) as end:
         main([*map(str, arguments)])
     err = capsys.readouterr().err
