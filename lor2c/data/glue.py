@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from huggingface_hub import snapshot_download
 
-from .base import first_line, no_dataset
+from .hub import first_line, no_dataset
 from .classification import CLASSIFICATION
 from .task import Recipe, Task
 

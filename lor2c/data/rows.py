@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, DownloadConfig, load_dataset
 
-from .base import first_line, no_dataset
+from .hub import first_line, no_dataset
 
 # %% ../../nbs/api/data/01_rows.ipynb #b74636b4
 @dataclass(frozen=True)
