@@ -92,7 +92,7 @@ PAGES = (
     *(f"howto/{name}" for name in ("trainer", "trl")),
     *(f"methods/{name}" for name in ("lor2c", "sharelor2c", "imlor2c", "rm_lora", "reslora")),
     *(f"methods/{name}" for name in ("stream_units", "fitted_merges", "shrink")),
-    *(f"results/{name}" for name in ("comparison", "figures", "tables")),
+    *(f"results/{name}" for name in ("comparison", "figures", "method_comparison", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
 )
 MORE = (
