@@ -123,6 +123,7 @@ MORE = (
     *(f"tests/data/test_images.py::test_{name}" for name in ("other_digits", "the_best_epoch", "only_a_pair")),
     "tests/disk/test_fuzz.py",
     "tests/inference/test_export.py::test_round_trips_of_every_stack",
+    "tests/experiments/test_papers.py::test_rows_are_run",
     "tests/experiments/test_pool.py",
     "tests/experiments/test_sweep.py",
     "tests/runs/test_methods.py",
