@@ -98,7 +98,7 @@ PAGES = (
 MORE = (
     "tests/test_docs.py::test_plain_nbdev_shows_the_reference",
     "tests/test_docs.py::test_quarto_is_new_enough",
-    "tests/test_benchmarks.py::test_the_gpu_script_on_a_cpu",
+    "tests/test_benchmarks.py::test_the",
     "tests/cli/test_main.py::test_a_run_that_cannot_shrink",
     "tests/inference/test_export.py::test_round_trips",
     "tests/runs/test_instructions.py::test_micro_batches_change_nothing",
