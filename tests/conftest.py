@@ -103,6 +103,7 @@ MORE = (
     "tests/inference/test_export.py::test_round_trips",
     "tests/runs/test_instructions.py::test_micro_batches_change_nothing",
     "tests/training/test_rm_lora.py::test_killed_and_resumed_is_the_undisturbed_run",
+    *(f"tests/test_method_comparison.py::test_{name}" for name in ("an_experiment_is_started", "the_small_table")),
     "tests/test_site.py",
     "tests/training/test_processes.py",
     "tests/tuners/test_units.py::test_activation_checkpointing_and_compile",
