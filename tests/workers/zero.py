@@ -1,0 +1,129 @@
+"""DeepSpeed's ZeRO beside DistributedDataParallel, in a plain Trainer: `zero.py FOLDER RUN...` writes FOLDER/RUN.RANK.pt."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from training import model, rank, rows, said, trained
+from transformers import Trainer, TrainingArguments
+
+from lor2c.training import surgery
+from lor2c.training.imlor2c import IMCallback
+from lor2c.training.rm_lora import RMLoRACallback
+
+STEPS = 12
+SAVED = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
+
+
+def arguments(folder: Path, stage: int = 0, **more) -> TrainingArguments:
+    """Rows of 2 in each process. `stage` 0 is DistributedDataParallel."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+    config = {
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": stage},
+    }  # fmt: skip
+    how = dict(save_strategy="no", logging_steps=1, max_steps=STEPS) | more
+    return TrainingArguments(
+        folder, learning_rate=1e-2, weight_decay=0.01, report_to="none", seed=3, per_device_train_batch_size=2,
+        use_cpu=True, disable_tqdm=True, train_sampling_strategy="sequential", dataloader_pin_memory=False,
+        deepspeed=config if stage else None, **how,
+    )  # fmt: skip
+
+
+def merging(**more) -> IMCallback:
+    """One merge, at step 3 of 12, that keeps the second pair: another place than its own."""
+    return IMCallback(**{"max_merges": 1, "max_injections": 0, "schedule": "fractional", "keep": "second", **more})
+
+
+def run(folder: Path, callbacks=(), stage: int = 0, resume: int = 0, **more) -> dict:
+    peft_model, args = model(), arguments(folder, stage, **more)
+    trainer = Trainer(peft_model, args, train_dataset=rows(), eval_dataset=rows()[:4], callbacks=list(callbacks))
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{resume}") if resume else None)
+    history = trainer.state.log_history
+    return {
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "norms": [float(entry["grad_norm"]) for entry in history if "grad_norm" in entry],
+        "parameters": trained(peft_model),
+        "layout": str(surgery.tuner_of(peft_model).layout()),
+        "optimizer": type(getattr(trainer.optimizer, "optimizer", None)).__name__,
+        "history": callbacks[0].history if callbacks else [],
+        "best": trainer.state.best_model_checkpoint,
+    }
+
+
+def best(folder: Path, stage: int) -> dict:
+    """The first checkpoint, from before the merge, is made the best one."""
+    more = SAVED | dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    found = run(folder, [merging()], stage, **more)
+    saved = load_file(Path(found["best"]) / "adapter_model.safetensors")
+    return {**found, "saved": saved}
+
+
+def refused(folder: Path) -> dict:
+    def begin(callback, stage: int = 2):
+        return lambda: run(folder, [callback], stage, max_steps=2)
+
+    return {
+        "inject": said(TypeError, begin(merging(max_injections=1))),
+        "fitted": said(TypeError, begin(merging(keep="fitted"))),
+        "budget": said(TypeError, begin(IMCallback(0, 0, budget=0.5))),
+        "reference": said(TypeError, begin(merging(keep="more_information", rules="reference"))),
+        "update": said(TypeError, begin(RMLoRACallback(0.1, mask="update"))),
+        "clip": said(TypeError, begin(RMLoRACallback(0.1, max_grad_norm=1.0))),
+        "stage 3": said(TypeError, begin(merging(), 3)),
+        "stage 3, rm": said(TypeError, begin(RMLoRACallback(0.1), 3)),
+    }
+
+
+def regularised(folder: Path, stage: int, **more) -> dict:
+    """DeepSpeed clips after the regulariser, so DistributedDataParallel has to, too."""
+    clip = 0.5
+    callback = RMLoRACallback(0.1, max_grad_norm=None if stage else clip)
+    return run(folder, [callback], stage, max_grad_norm=clip if stage else 0, **more)
+
+
+RUNS = {
+    "ddp": lambda folder: run(folder, [merging()]),
+    "ddp rm": lambda folder: regularised(folder, 0, gradient_accumulation_steps=2, max_steps=6),
+    "zero1": lambda folder: run(folder, [merging()], 1),
+    "zero2": lambda folder: run(folder, [merging()], 2),
+    "zero2 from 2": lambda folder: run(folder.with_name("zero2 best"), [merging()], 2, resume=2),
+    "zero2 from 8": lambda folder: run(folder.with_name("zero2 best"), [merging()], 2, resume=8),
+    "zero2 best": lambda folder: best(folder, 2),
+    "zero2 rm": lambda folder: regularised(folder, 2, gradient_accumulation_steps=2, max_steps=6),
+    "zero1 rm": lambda folder: regularised(folder, 1, gradient_accumulation_steps=2, max_steps=6),
+    "ddp plain": lambda folder: run(folder, max_steps=3),
+    "zero3": lambda folder: run(folder, (), 3, max_steps=3),
+    "refused": refused,
+}
+
+
+def main(folder: str, *names: str) -> None:
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    if any(not name.startswith("ddp") for name in names):
+        import deepspeed.ops
+
+        # else DeepSpeed compiles an operator at its first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    dist.init_process_group("gloo")
+    for name in names:
+        torch.manual_seed(rank())
+        torch.save(RUNS[name](Path(folder) / name), Path(folder) / f"{name}.{rank()}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
