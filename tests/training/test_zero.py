@@ -8,7 +8,7 @@ from training.test_processes import TORCHRUN, far, read, start, succeeded
 
 WORKER = Path(__file__).parents[1] / "workers" / "zero.py"
 RUNS = [
-    *("ddp", "ddp rm", "ddp plain", "zero1", "zero2", "zero2 best", "zero2 from 2", "zero2 from 8", "zero2 rm", "zero3"),
+    *("ddp", "ddp rm", "ddp plain", "zero1", "zero2 best", "zero2 from 2", "zero2 from 8", "zero2 rm", "zero3"),
     "refused",
 ]
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
@@ -21,20 +21,26 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2 from 2", "zero2 from 8"])
+@pytest.mark.parametrize("name", ["zero1", "zero2 from 2", "zero2 from 8"])
 def test_a_merge_is_that_of_distributed_data_parallel(runs, name):
     """To the last bit, undisturbed, or resumed from before or after the merge; ZeRO adds up norms in another order."""
     expected, found = read(runs, "ddp"), read(runs, name)
     assert found["optimizer"] == "DeepSpeedZeroOptimizer" and found["layout"] == expected["layout"] == "[0] [1] [2..3]"
     assert found["losses"] == expected["losses"] and len(found["losses"]) == 12
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
-    assert far(found["parameters"], expected["parameters"]) == 0 == far(found["parameters"], read(runs, name, 1)["parameters"])
+    assert (
+        far(found["parameters"], expected["parameters"])
+        == 0
+        == far(found["parameters"], read(runs, name, 1)["parameters"])
+    )
     assert [entry["move"] for entry in found["history"]] == [entry["move"] for entry in expected["history"]]
 
 
 def test_gradients_that_zero_took_away_are_not_in_the_history(runs):
-    norms = {name: [r["gradient"] for e in read(runs, name)["history"] for r in e["residuals"]] for name in ("ddp", "zero2")}
-    assert all(norms["ddp"]) and set(norms["zero2"]) == {None}
+    norms = {
+        name: [r["gradient"] for e in read(runs, name)["history"] for r in e["residuals"]] for name in ("ddp", "zero1")
+    }
+    assert all(norms["ddp"]) and set(norms["zero1"]) == {None}
 
 
 def test_the_best_model_has_its_own_structure(runs):
@@ -59,7 +65,6 @@ def test_equal_but_for_rounding(runs, name, twin):
     "misuse, sentence",
     [
         ("inject", "under ZeRO leave out max_injections, merges alone work there: DeepSpeed fixes the parameters"),
-        ("fitted", "under ZeRO leave out keep='fitted', budget and tolerance"),
         ("budget", "under ZeRO leave out keep='fitted', budget and tolerance"),
         ("reference", "under ZeRO leave out rules='reference'"),
         ("update", "under ZeRO, RM-LoRA works on gradients alone: choose mask='gradient'"),

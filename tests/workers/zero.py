@@ -13,7 +13,7 @@ import transformers
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from training import model, rank, rows, said, trained
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lor2c.training import surgery
 from lor2c.training.imlor2c import IMCallback
@@ -62,21 +62,25 @@ def run(folder: Path, callbacks=(), stage: int = 0, resume: int = 0, **more) -> 
     }
 
 
+class Earliest(TrainerCallback):
+    def on_evaluate(self, args, state, control, metrics=None, **_) -> None:
+        metrics["eval_earliness"] = -state.global_step
+
+
 def best(folder: Path, stage: int) -> dict:
     """The first checkpoint, from before the merge, is made the best one."""
-    more = SAVED | dict(load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
-    found = run(folder, [merging()], stage, **more)
+    more = SAVED | dict(load_best_model_at_end=True, metric_for_best_model="earliness", greater_is_better=True)
+    found = run(folder, [merging(), Earliest()], stage, **more)
     saved = load_file(Path(found["best"]) / "adapter_model.safetensors")
     return {**found, "saved": saved}
 
 
 def refused(folder: Path) -> dict:
     def begin(callback, stage: int = 2):
-        return lambda: run(folder, [callback], stage, max_steps=2)
+        return lambda: run(folder, [callback], stage, max_steps=2, max_grad_norm=0)
 
     return {
         "inject": said(TypeError, begin(merging(max_injections=1))),
-        "fitted": said(TypeError, begin(merging(keep="fitted"))),
         "budget": said(TypeError, begin(IMCallback(0, 0, budget=0.5))),
         "reference": said(TypeError, begin(merging(keep="more_information", rules="reference"))),
         "update": said(TypeError, begin(RMLoRACallback(0.1, mask="update"))),
@@ -97,12 +101,10 @@ RUNS = {
     "ddp": lambda folder: run(folder, [merging()]),
     "ddp rm": lambda folder: regularised(folder, 0, gradient_accumulation_steps=2, max_steps=6),
     "zero1": lambda folder: run(folder, [merging()], 1),
-    "zero2": lambda folder: run(folder, [merging()], 2),
     "zero2 from 2": lambda folder: run(folder.with_name("zero2 best"), [merging()], 2, resume=2),
     "zero2 from 8": lambda folder: run(folder.with_name("zero2 best"), [merging()], 2, resume=8),
     "zero2 best": lambda folder: best(folder, 2),
     "zero2 rm": lambda folder: regularised(folder, 2, gradient_accumulation_steps=2, max_steps=6),
-    "zero1 rm": lambda folder: regularised(folder, 1, gradient_accumulation_steps=2, max_steps=6),
     "ddp plain": lambda folder: run(folder, max_steps=3),
     "zero3": lambda folder: run(folder, (), 3, max_steps=3),
     "refused": refused,
