@@ -98,6 +98,7 @@ MORE = (
     "tests/test_site.py",
     "tests/training/test_processes.py",
     "tests/training/test_zero.py",
+    "tests/training/test_fsdp.py",
     "tests/tuners/test_units.py::test_activation_checkpointing_and_compile",
     "tests/tuners/test_units.py::test_measured_under_compile_and_in_a_trainer",
     "tests/training/test_resume.py",
