@@ -835,7 +835,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(ended):
 def test_zeros_way_is_the_step_before_the_optimizer():
     """One gradient at a time, as ZeRO's hooks do it, is what a step does to all of them."""
     model, settings = lora(), masks.RMSettings(0.1, 2)
-    pairs, whole = low_rank_pairs(model), {}
+    pairs = low_rank_pairs(model)
     factors = {f.p for pair in pairs.values() for f in (pair.A, pair.B)}
     found = {p: masks.work_on_gradient(torch.ones_like(p), p, pairs, settings, 3, 1.0) for p in factors}
     assert all(p.grad is None for p in factors)
