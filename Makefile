@@ -41,13 +41,15 @@ types: $(VENV)/.dev  ## check the types of lor2c/
 docs: $(VENV)/.dev   ## the site, into _docs
 	$(BIN)/python tools/docs.py
 
-readme: $(VENV)/.dev  ## README.md, from nbs/index.ipynb
+readme: $(VENV)/.dev  ## README.md, from nbs/index.ipynb, and its pictures, from results/
+	$(BIN)/python tools/pictures.py
 	$(BIN)/python tools/readme.py
 
 export: $(VENV)/.dev  ## lor2c/ and README.md from the notebooks, cleaned: before each commit
 	$(BIN)/python tools/colab.py
 	PATH="$(abspath $(BIN)):$$PATH" nbdev_export
 	PATH="$(abspath $(BIN)):$$PATH" nbdev_clean
+	$(BIN)/python tools/pictures.py
 	$(BIN)/python tools/readme.py
 
 lock: | $(BIN)/pip    ## constraints.txt: every version that make and CI install, from settings.ini

@@ -29,7 +29,7 @@ NEEDS = {
 
 
 # Pages that only show what records hold: what they store is what they print.
-SHOW_RECORDS = ("nbs/index.ipynb", "nbs/results/")
+SHOW_RECORDS = ("nbs/index.ipynb", "nbs/works.ipynb", "nbs/results/")
 
 
 def printed(nb: nbformat.NotebookNode) -> list[str]:

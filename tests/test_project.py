@@ -97,6 +97,10 @@ def test_readme_is_the_index_notebook() -> None:
     run("python", ROOT / "tools/readme.py", "--check", cwd=ROOT)
 
 
+def test_pictures_of_the_home_page_are_drawn_from_the_records() -> None:
+    run("python", ROOT / "tools/pictures.py", "--check", cwd=ROOT)
+
+
 # Notebooks
 
 
@@ -444,7 +448,7 @@ def test_readme_reads_well_on_a_package_index(installed: Path) -> None:
     of_site = [link.removeprefix("https://lor2c.github.io/lor2c/") for link in links if "lor2c.github.io" in link]
     pages = {re.sub(r"/\d+_", "/", p.relative_to("nbs").with_suffix(".html").as_posix()) for p in notebooks()}
     assert [link for link in of_site if link not in pages and not (ROOT / "nbs" / link).is_file()] == []
-    assert "images/lor2c.svg" in of_site and "[!" not in text
+    assert {"images/structure.svg", "images/gemma_loss.svg"} <= set(of_site) and "[!" not in text
 
 
 READ = """

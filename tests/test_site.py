@@ -1,6 +1,7 @@
 """The rendered site, served on localhost and read in a browser."""
 
 import functools
+import gzip
 import html
 import inspect
 import json
@@ -23,6 +24,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
+
+import lor2c
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 # Nothing is looked up elsewhere, and a browser run by root (as in a container) has no sandbox.
@@ -122,7 +125,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages(site: Path) -> dict[Path, Page]:
-    return {path.resolve(): Page(path) for path in sorted(site.rglob("*.html"))}
+    return {path.resolve(): Page(path) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
 
 
 def internal(path: Path, link: str, site: Path) -> tuple[Path, str] | None:
@@ -152,7 +155,7 @@ def test_links_and_anchors_resolve(site: Path, pages: dict[Path, Page]) -> None:
 
 
 def test_every_notebook_has_its_page(site: Path, pages: dict[Path, Page]) -> None:
-    assert {p.relative_to(site).as_posix() for p in pages} == {page_of(p) for p in notebooks()}
+    assert {p.relative_to(site).as_posix() for p in pages} == {"changelog.html", *map(page_of, notebooks())}
 
 
 def test_previous_and_next_follow_the_sidebar(site: Path, pages: dict[Path, Page]) -> None:
@@ -204,8 +207,44 @@ def test_there_is_a_copy_for_language_models(site: Path, pages: dict[Path, Page]
     order = [internal(home, link, site)[0] for link in pages[home].sidebar]
     assert [(site / c).resolve() for c in copies] == [p.with_suffix(".llms.md") for p in order]
     assert all((site / c).is_file() for c in copies)
-    sections = "Home", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
-    assert tuple(re.findall("^## (.+)", index, re.M)) == sections
+    sections = "Home", "What works", "Methods", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
+    assert tuple(re.findall("^## (.+)", index, re.M)) == (*sections, "What changed")
+
+
+def test_a_link_elsewhere_shows_a_card(site: Path, pages: dict[Path, Page]) -> None:
+    card = r'property="og:image" content="https://lor2c.github.io/lor2c/([^"]+)"'
+    shown = {p.relative_to(site).as_posix(): re.findall(card, p.read_text("utf-8")) for p in pages}
+    assert {name: found for name, found in shown.items() if found != ["images/card.png"]} == {}
+    assert (site / "images/card.png").stat().st_size < 100_000
+
+
+def test_readers_can_mend_a_page(site: Path, pages: dict[Path, Page]) -> None:
+    """Each links to its own source, which is there, and to a place for problems. The footer has the version."""
+    for path, page in pages.items():
+        edit = [link.partition("/edit/main/")[2] for link in page.links if "/edit/main/" in link]
+        assert len(edit) == 1 and (ROOT / edit[0]).is_file(), path
+        assert path.name == "changelog.html" or page_of(Path(edit[0])) == path.relative_to(site.resolve()).as_posix()
+        assert any(link.endswith("/issues/new") for link in page.links), path
+        assert f"lor2c {lor2c.__version__} · " in "".join(page.text), path
+
+
+def test_an_address_that_is_not_there(site: Path) -> None:
+    """Its page finds its style at any depth, because its links begin at the root of the published site."""
+    page = Page(site / "404.html")
+    assert '<base href="/lor2c/">' in (site / "404.html").read_text("utf-8") and "index.html" in page.links
+
+
+def test_the_sitemap_is_in_reading_order(site: Path, pages: dict[Path, Page]) -> None:
+    home = (site / "index.html").resolve()
+    order = [internal(home, link, site)[0].relative_to(site.resolve()).as_posix() for link in pages[home].sidebar]
+    found = re.findall("<loc>https://lor2c.github.io/lor2c/([^<]+)</loc>", (site / "sitemap.xml").read_text("utf-8"))
+    assert found == order
+
+
+def test_the_index_of_the_search_is_small(site: Path) -> None:
+    entries = json.loads((site / "search.json").read_text("utf-8"))
+    assert (site / "search.json").stat().st_size < 400_000
+    assert len(entries) > 500 and sum(len(entry["text"]) for entry in entries) > 100_000  # cut, and not away
 
 
 def test_no_markdown_is_left(site: Path, pages: dict[Path, Page]) -> None:
@@ -269,6 +308,12 @@ def test_internal_names_are_shown_without_an_entry(site: Path, pages: dict[Path,
             hidden = [n for n in internal if not re.search(rf"\b(def|class) {n}\b", text)]
             wrong += [f"{notebook}: {n}" for n in internal if n in hidden or n.lower() in pages[page].anchors]
     assert wrong == []
+
+
+def test_imports_are_folded(site: Path) -> None:
+    """A page begins with its point; who needs the imports opens them."""
+    folded = [p for p in site.rglob("*.html") if re.search(r"<summary>Imports</summary>", p.read_text("utf-8"))]
+    assert len(folded) > 30
 
 
 LONGEST = 25  # lines; with prose above and below, they fit a phone's screen and a laptop's
@@ -336,13 +381,42 @@ def luminance(browser: Chrome, selector: str, style: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-# By what is wrong, what of it there is on a page as wide as a laptop's screen.
-WRONG = """
+# By what is wrong, what of it there is on a page as wide as a laptop's screen. `faint`: text with less contrast than
+# WCAG 2 AA asks, 4.5, or 3 if it is large; pictures and what is behind them are not looked at.
+FAINT = """
+const rgba = (c) => { const n = c.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
+const over = (a, b) => [0, 1, 2].map((i) => a[i] * a[3] + b[i] * (1 - a[3]));
+const ground = (e) => { if (!e) return [255, 255, 255];
+    const c = rgba(getComputedStyle(e).backgroundColor); return c[3] === 1 ? c.slice(0, 3) : over(c, ground(e.parentElement)); };
+const linear = (x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+const light = (c) => { const [r, g, b] = c.map((x) => linear(x / 255)); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const contrast = (e) => { const below = ground(e), a = light(over(rgba(getComputedStyle(e).color), below)), b = light(below);
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); };
+const large = (s) => parseFloat(s.fontSize) >= 24 || (parseFloat(s.fontSize) >= 18.6 && s.fontWeight >= 700);
+const faint = () => { const found = {};
+    for (const e of document.querySelectorAll("main *, footer *, #quarto-sidebar a, .navbar a")) {
+        const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+        if (!own || !e.getClientRects().length || e.closest("math, svg, [aria-hidden=true]")) continue;
+        const c = contrast(e), kind = `${e.tagName}.${e.className}`;
+        if (c < (large(getComputedStyle(e)) ? 3 : 4.5)) found[kind] ??= `${c.toFixed(1)} ${e.innerText.slice(0, 30)}`;
+    }
+    return Object.entries(found).map(([k, v]) => `${k}: ${v}`); };
+"""
+WRONG = FAINT + """
 const done = arguments[arguments.length - 1], all = (s) => [...document.querySelectorAll(s)];
+let moved = 0;
+const add = (seen) => seen.getEntries().filter((s) => !s.hadRecentInput).forEach((s) => { moved += s.value; });
+new PerformanceObserver(add).observe({ type: "layout-shift", buffered: true });
 const start = (e) => e.outerHTML.slice(0, 100), flat = (e) => !e.getBoundingClientRect().height;
-document.fonts.ready.then((fonts) => done({
+document.fonts.ready.then((fonts) => setTimeout(() => done({
     "fetched from elsewhere": performance.getEntriesByType("resource").map((r) => r.name)
         .filter((n) => !n.startsWith(location.origin) && !n.startsWith("data:")),
+    "faint": faint(),
+    "moves while it loads": [moved].filter((sum) => sum > 0.1),
+    "taken out of turn by the keyboard": all("[tabindex]").filter((e) => e.tabIndex > 0).map(start),
+    "no language": document.documentElement.lang ? [] : ["html"],
+    "not one title": all("h1").length === 1 ? [] : all("h1").map(start),
+    "heavy": performance.getEntriesByType("resource").map((r) => r.name),  // see `weight`
     "no picture": all("main img").filter((i) => !i.naturalWidth).map(start),
     "no equation": all("main math").filter((m) => flat(m) && !m.closest("details:not([open])")).map(start),
     "no font for equations": all("main math").length && ![...fonts].some((f) =>
@@ -350,7 +424,7 @@ document.fonts.ready.then((fonts) => done({
     "command cut off": all("main pre.sh").filter((e) => e.scrollWidth > e.clientWidth).map(start),
     "too long to be seen at once": all("main pre code").filter((c) => !flat(c) && c.innerText.trim().split("\\n").length > 40)
         .map((c) => c.innerText.slice(0, 80)),
-}));
+}), 20));
 """
 # On a phone: what sticks out on the right and is in no box that scrolls, so that a reader never gets to see it.
 CUT_OFF = """
@@ -370,6 +444,23 @@ return {
 """
 
 
+HEAVIEST = 300_000  # bytes of a page, without figures and the font of its equations, which all pages share
+
+
+@functools.cache
+def compressed(file: Path) -> int:
+    """The bytes of a file as GitHub Pages sends it."""
+    return file.stat().st_size if file.suffix.startswith(".woff") else len(gzip.compress(file.read_bytes()))
+
+
+def weight(site: Path, names: list[str]) -> int:
+    """The bytes of what a page loads, pictures in it and beside it apart."""
+    page = re.sub(rb'"data:image[^"]*"', b"", (site / names[0]).read_bytes())
+    files = {site / urlsplit(name).path for name in names[1:]}
+    other = [f for f in files if f.is_file() and f.suffix not in (".png", ".svg", ".json") and "IBMPlexMath" not in f.name]
+    return len(gzip.compress(page)) + sum(map(compressed, other))
+
+
 def test_pages_work_without_a_network(browser: Chrome, address: str, site: Path, pages: dict[Path, Page]) -> None:
     found = {}
     browser.get_log("browser")  # empties it
@@ -377,6 +468,8 @@ def test_pages_work_without_a_network(browser: Chrome, address: str, site: Path,
         name = path.relative_to(site).as_posix()
         visit(browser, address + name)
         wrong = browser.execute_async_script(WRONG)
+        heavy = weight(site, [name, *(link.removeprefix(address) for link in wrong["heavy"])])
+        wrong["heavy"] = [heavy] if heavy > HEAVIEST else []
         resize(browser, width=390)
         wrong |= browser.execute_script(CUT_OFF)
         wrong["console"] = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
@@ -388,7 +481,7 @@ def test_home_and_its_menu(browser: Chrome, address: str) -> None:
     visit(browser, address)
     assert "lor2c" in browser.title and "lor2c" in find(browser, "h1").text
     entries = browser.find_elements(By.CSS_SELECTOR, "#navbarCollapse .navbar-nav.me-auto a.nav-link")
-    names = "Home", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
+    names = "Home", "Methods", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
     assert tuple(a.text for a in entries) == names
 
 
@@ -448,13 +541,17 @@ def test_light_and_dark(browser: Chrome, address: str) -> None:
     visit(browser, address, scheme="dark")  # who prefers dark gets it unasked
     assert luminance(browser, "body", "backgroundColor") < 0.3
     assert luminance(browser, "main p", "color") > 0.6
+    for name in ("index.html", "api/tuners/config.html", "results/comparison.html"):
+        visit(browser, address + name, scheme="dark")
+        assert browser.execute_script(FAINT + "return faint();") == [], name
 
 
 def test_code_is_copied(browser: Chrome, address: str) -> None:
     visit(browser, address + "tutorials/glue.html")
     allowed = {"origin": address.rstrip("/"), "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     browser.execute_cdp_cmd("Browser.grantPermissions", allowed)
-    code = find(browser, "main .cell div.sourceCode")
+    blocks = browser.find_elements(By.CSS_SELECTOR, "main .cell div.sourceCode")
+    code = next(block for block in blocks if block.is_displayed())  # imports are folded
     code.find_element(By.XPATH, "..").find_element(By.CSS_SELECTOR, ".code-copy-button").send_keys(Keys.ENTER)
     read = "navigator.clipboard.readText().then(arguments[0], (e) => arguments[0](String(e)))"
     wait(browser, lambda b: b.execute_async_script(read).strip() == code.find_element(By.TAG_NAME, "code").text.strip())

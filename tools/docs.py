@@ -32,6 +32,7 @@ MATHS = re.compile(r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]]</
 KATEX = re.compile(r"<(?:link|script)\b[^>]*\bkatex@[^>]*>(?:</script>)?\s*")
 OUTPUT = re.compile(r"<pre>(?=\s*<code>([^<]*)</code>)")
 COLUMNS = re.compile(r"\S {2,}\S|^ +\S", re.M)
+SEARCH_SIZE = 390_000  # bytes
 WEB_FONT = re.compile(r"@import\s+url\(\s*[\"']?https?:[^)]*\)\s*;")
 
 
@@ -110,6 +111,48 @@ def front(page: Path) -> dict:
     return yaml.safe_load("".join(json.loads(page.read_text("utf-8"))["cells"][0]["source"]).strip().strip("-"))
 
 
+def root_pages(proc: Path) -> None:
+    """Two pages that are no notebooks: the changelog, and the page for an address that isn't there."""
+    blob = f"{get_config().git_url}/blob/{get_config().branch}/"
+    changes = (get_config().config_path / "CHANGELOG.md").read_text("utf-8").partition("\n")[2]
+    changes = re.sub(r"(\]\()(?![a-z]+:|#)", rf"\1{blob}", changes)
+    lost = "The page may have moved. Try the search on top of this one, or [begin at the home page](index.ipynb)."
+    for name, title, says, text in (
+        ("changelog", "What changed", "Each change that you would notice, the newest first.", changes),
+        ("404", "There is no such page", "Nothing is at this address.", lost),
+    ):
+        head = f"---\ntitle: {title}\ndescription: {says}\noutput-file: {name}.html\n---"
+        cells = [dict(cell_type=k, id=k, metadata={}, source=s) for k, s in (("raw", head), ("markdown", text))]
+        page = dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)
+        (proc / f"{name}.ipynb").write_text(json.dumps(page), "utf-8")
+
+
+def sitemap(proc: Path) -> str:
+    """`sitemap.xml` in reading order."""
+    cfg = get_config()
+    home = f"{cfg.doc_host}{cfg.doc_baseurl}/"
+    contents = yaml.safe_load((proc / "_quarto.yml").read_text("utf-8"))["website"]["sidebar"]["contents"]
+    rows = [f"  <url><loc>{home}{html_name(page, proc)}</loc></url>\n" for page in in_order(contents, proc)]
+    start = '<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n'
+    return f"{start}{''.join(rows)}</urlset>\n"
+
+
+def slim(index: Path) -> None:
+    """Cut the texts in the index of the search, as little as needed: a reader fetches it with the first letter typed."""
+    entries = json.loads(index.read_text("utf-8"))
+    for most in range(2000, 0, -50):
+        cut = [{**entry, "text": entry["text"][:most]} for entry in entries]
+        if len(text := json.dumps(cut, ensure_ascii=False).encode()) <= SEARCH_SIZE:
+            break
+    index.write_bytes(text)
+
+
+def anywhere(page: Path) -> None:
+    """Let a page find its style and its links wherever a server shows it: the one for addresses that aren't there."""
+    base = f'<base href="{get_config().doc_baseurl}/">'
+    page.write_text(page.read_text("utf-8").replace("<head>", f"<head>{base}", 1), "utf-8")
+
+
 def mathml(match: re.Match) -> str:
     """An equation as MathML, which browsers show without a script."""
     start, kind, tex = match.groups()
@@ -161,10 +204,16 @@ if __name__ == "__main__":
     render = quarto if quarto_fits() else smalldocs
     with TemporaryDirectory() as folder:  # Quarto skips what is below a folder with a leading dot, too
         proc = Path(shutil.copytree(process(), f"{folder}/site"))
+        root_pages(proc)
         built, docs = render(proc), get_config().doc_path
         for page in built.rglob("*.html"):
             wrap_prose(page)
         (built / "llms.txt").write_text(llms_txt(proc), "utf-8")
+        (built / "sitemap.xml").write_text(sitemap(proc), "utf-8")
+        slim(built / "search.json")
+        anywhere(built / "404.html")
+        changes = built / "changelog.html"
+        changes.write_text(changes.read_text("utf-8").replace("/nbs/changelog.ipynb", "/CHANGELOG.md"), "utf-8")
         shutil.rmtree(docs, ignore_errors=True)
         shutil.move(built, docs)
     print(f"{sum(1 for _ in docs.rglob('*.html'))} pages in {docs}")

@@ -15,6 +15,7 @@ from nbdev.doclinks import NbdevLookup
 from nbdev.processors import FilterDefaults, add_links, rm_export
 from nbdev.showdoc import BasicMarkdownRenderer
 
+MANY = 4  # lines of imports: from there on they are folded, because a page begins with its point
 SEEN_AT_ONCE = 40  # lines of code that fit a laptop's screen: longer sources are folded
 COLAB = """::: {{.colab}}
 [Open in Colab](https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path})
@@ -73,8 +74,8 @@ get_config()["renderer"] = "pages.Renderer"  # nbdev imports it by this name
 
 class Filter(FilterDefaults):
     """What nbdev does to each notebook, and more: each exported definition in a cell of its own, below its documentation;
-    the source of `#| exporti` cells; long sources folded; a stream that a kernel sent in pieces in one; the name of its
-    module and a link to Colab below the title, and not the cell that Colab needs.
+    the source of `#| exporti` cells; long sources and imports folded; a stream that a kernel sent in pieces in one; the name
+    of its module and a link to Colab below the title, and not the cell that Colab needs.
     """
 
     def base_procs(self) -> list:
@@ -95,6 +96,8 @@ class Filter(FilterDefaults):
             lines = cell.source.count("\n") - 1  # two lines are options
             if "#| code-fold: show" in cell.source and lines > SEEN_AT_ONCE:
                 cell.source = cell.source.replace("#| code-fold: show", "#| code-fold: true", 1)
+            elif cell.cell_type == "code" and lines + 2 >= MANY and only_imports(cell.source):
+                cell.source = f"#| code-fold: true\n#| code-summary: Imports\n{cell.source}"
         where = "\n\n".join(filter(None, (module, colab(Path(nb.path_)))))
         nb.cells.insert(1, mk_cell(where, "markdown"))  # the first cell is front matter: the title
 
@@ -121,6 +124,14 @@ def linked(markdown: str) -> str:
     link, parts = NbdevLookup().link_line, CODE_OR_LINK.split(markdown)
     parts[::2] = [re.sub(r"^(?! {4}).+", lambda m: link(m[0]), part, flags=re.M) for part in parts[::2]]
     return "".join(parts)
+
+
+def only_imports(code: str) -> bool:
+    """Whether a cell imports and does nothing else."""
+    try:
+        return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(code).body)
+    except SyntaxError:  # a line for IPython
+        return False
 
 
 def whole(outputs: list[dict]) -> list[dict]:

@@ -15,6 +15,7 @@ DIRECTIVE = re.compile(r"^\s*#\s*\|.*\n?", re.M)
 HIDDEN = re.compile(r"^\s*#\s*\|\s*(hide\b(?!_)|include:\s*false)", re.M)
 NO_CODE = re.compile(r"^\s*#\s*\|\s*echo:\s*false", re.M)
 CALLOUT = re.compile(r"^:{3,} *\{\.callout-(note|tip|important|warning|caution)[^}\n]*\}\n(.*?)^:{3,} *$", re.M | re.S)
+DIV = re.compile(r"^:{3,}.*\n", re.M)  # what the site alone lays out, such as cards
 FENCED = re.compile(r"(^```.*?^```$)", re.M | re.S)
 LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)#\s]+)")
 
@@ -49,6 +50,7 @@ def readme() -> str:
     """What README.md should say."""
     text, _ = MarkdownExporter().from_notebook_node(visible(nbformat.read(INDEX, as_version=4)))
     text = CALLOUT.sub(alert, text.replace("```python\n\n```\n", ""))  # an echo: false leaves an empty block
+    text = DIV.sub("", text)
     parts = FENCED.split(text)
     parts[::2] = [re.sub(r"\n{3,}", "\n\n", LINK.sub(from_root, p)) for p in parts[::2]]  # code blocks are the odd ones
     text = "".join(parts).strip()

@@ -23,7 +23,7 @@ class Source:
     "Where the rows of a task come from, and how each has to be."
 
     name: str  # of the folder inside a data folder
-    hub: str  # name of the data set on the hub
+    hub: str | None  # name of the data set on the hub; None if it's your own
     columns: tuple[str, ...]  # that every row has
     scored: str = "validation"  # the split that a run is scored on
     options: Mapping[str, str] = field(default_factory=dict)  # of `load_dataset`, such as the data set's configuration
@@ -48,17 +48,17 @@ def _parquet(source: Source, folder: Path, split: str) -> Dataset:
         raise ValueError(f"{files[0]} cannot be read as parquet, copy it again: {error}") from error
 
 # %% ../../nbs/api/data/01_rows.ipynb #bbb44b5f
-def _from_hub(source: Source) -> dict[str, Dataset]:
+def _from_hub(source: Source, hub: str) -> dict[str, Dataset]:
     "The two splits from the hub's cache, fetched if need be. Raises ConnectionError."
-    why = no_dataset(source.hub)
+    why = no_dataset(hub)
     config = DownloadConfig(local_files_only=bool(why))
     splits = ["train", source.scored]
     try:
-        loaded = load_dataset(source.hub, split=splits, download_config=config, **source.options)
+        loaded = load_dataset(hub, split=splits, download_config=config, **source.options)
     except Exception as error:  # noqa: BLE001, the hub client's errors are those of its HTTP library
         layout = ", ".join(f"DIR/{source.name}/{split}.parquet" for split in splits)
         raise ConnectionError(
-            f"{source.name} is not in the hub's cache and cannot be fetched from {source.hub} "
+            f"{source.name} is not in the hub's cache and cannot be fetched from {hub} "
             f"({why or first_line(error)}): connect once, or give --data-dir DIR laid out as {layout}"
         ) from None
     return dict(zip(splits, loaded, strict=True))
@@ -72,8 +72,10 @@ def read_rows(
 
     Raises ConnectionError if there is neither hub nor cache, FileNotFoundError for a folder without them, and ValueError, with
     the place of the first one, for rows that cannot be used."""
+    if data_dir is None and source.hub is None:
+        raise FileNotFoundError(f"{source.name} are your own: give --data-dir DIR that holds a folder {source.name}")
     place = source.hub if data_dir is None else Path(data_dir) / source.name
-    splits = _from_hub(source) if isinstance(place, str) else _from_folder(source, place)
+    splits = _from_folder(source, place) if isinstance(place, Path) else _from_hub(source, str(place))
     for split, rows in splits.items():
         _check_rows(source, rows, f"{place}/{split}")
     return DatasetDict(train=splits["train"], validation=splits[source.scored])

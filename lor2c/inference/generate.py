@@ -131,7 +131,9 @@ def put_on(base: Any, folder: Path, kind: str, tensors: dict[str, Tensor]) -> Pe
         reasons = [line.strip() for line in str(error).splitlines()]
         raise ValueError(f"{where}: {' '.join(reasons[:2])}") from error
     own = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    if other := [k for k in own.keys() ^ tensors.keys() if part_of(k, kind) != "head and other modules"]:
+    # units stand beside a pair that they are folded into, for those who train it further
+    told = {key for key in tensors if not key.endswith(".lor2c_measured")}
+    if other := [k for k in own.keys() ^ told if part_of(k, kind) != "head and other modules"]:
         lacks = "the base has no place for" if min(other) in tensors else "the adapter lacks"
         raise ValueError(f"{where}: {lacks} {min(other)}, and {len(other) - 1} more. Is it of another depth?")
     return tuned

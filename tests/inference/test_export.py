@@ -145,6 +145,21 @@ def test_a_decoder_that_is_exported_answers(base, adapter, tmp_path, capsys):
     assert "--trust-remote-code" in error
 
 
+def test_an_adapter_with_units_comes_back_from_its_folder(base, tmp_path, capsys):
+    """Its file holds the units beside the pair that they are folded into: `generate` and `export` read it."""
+    config = lor2c.LoR2CConfig(r=2, units="stream", dropout=0.0, task_type="CAUSAL_LM")
+    model = get_peft_model(T.AutoModelForCausalLM.from_pretrained(base), config)
+    ids = torch.randint(3, 250, (2, 9))
+    model.train()(ids)
+    with_values(model).save_pretrained(tmp_path / "adapter")
+    main(["export", str(tmp_path / "adapter"), "--to", str(tmp_path / "new")])
+    again = T.AutoModelForCausalLM.from_pretrained(tmp_path / "new", trust_remote_code=True)
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    main(["generate", str(tmp_path / "adapter"), "--prompt", "Hello", "--max-new-tokens", "4", "--template", "none"])
+    assert capsys.readouterr().out
+
+
 def test_what_cannot_be_exported_is_one_line(base, adapter, tmp_path, capsys):
     def other(name, **settings) -> Path:
         folder = shutil.copytree(base, tmp_path / name)
