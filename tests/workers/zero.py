@@ -26,6 +26,8 @@ from lor2c.training.imlor2c import IMCallback
 from lor2c.training.rm_lora import RMLoRACallback
 
 STEPS = 12
+# else stage 3 keeps parameters as small as these whole
+SPREAD = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
 SAVED = dict(eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2)
 
 
@@ -36,7 +38,7 @@ def arguments(folder: Path, stage: int = 0, **more) -> TrainingArguments:
         del os.environ[name]
     config = {
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": stage} | (SPREAD if stage == 3 else {}),
     }  # fmt: skip
     how = dict(save_strategy="no", logging_steps=1, max_steps=STEPS) | more
     return TrainingArguments(
@@ -98,9 +100,11 @@ class Ask(TrainerCallback):
 
 def misuses() -> Ask:
     return Ask(
-        inject=merging(max_injections=1), budget=IMCallback(0, 0, budget=0.5), reference=merging(keep="more_information", rules="reference"),
+        inject=merging(max_injections=1),
+        budget=IMCallback(0, 0, budget=0.5),
+        reference=merging(keep="more_information", rules="reference"),
         update=RMLoRACallback(0.1, mask="update"),
-    )  # fmt: skip
+    )
 
 
 def killed(folder: Path) -> dict:
@@ -173,7 +177,7 @@ RUNS = {
     "zero2 loop": lambda folder: accelerated(2),
     "zero2 late": lambda folder: {"late": said(RuntimeError, lambda: late(folder.with_name("zero2 best")))},
     "zero3": lambda folder: run(folder, [Ask(merge=merging(), rm=RMLoRACallback(0.1))], 3, **THREE),
-    "zero3 from 2": lambda folder: run(folder.with_name("zero3"), (), 3, 2, max_steps=4),
+    "zero3 from 2": lambda folder: run(folder.with_name("zero3"), (), 3, 2, **THREE),
 }
 
 
