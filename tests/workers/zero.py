@@ -38,7 +38,8 @@ def arguments(folder: Path, stage: int = 0, **more) -> TrainingArguments:
         del os.environ[name]
     config = {
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": stage} | (SPREAD if stage == 3 else {}),
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage} | (SPREAD if stage == 3 else {}),
     }  # fmt: skip
     how = dict(save_strategy="no", logging_steps=1, max_steps=STEPS) | more
     return TrainingArguments(
