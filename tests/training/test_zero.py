@@ -12,7 +12,7 @@ from lor2c.disk.checkpoints import last_complete_checkpoint
 
 WORKER = Path(__file__).parents[1] / "workers" / "zero.py"
 RUNS = [
-    *("ddp", "ddp rm", "ddp plain", "ddp loop", "zero1", "zero2 best", "zero2 from 2", "zero2 from 8", "zero2 late"),
+    *("ddp", "ddp rm", "ddp plain", "ddp loop", "zero1", "zero2 best", "zero2 from 8", "zero2 late"),
     *("zero2 rm", "zero2 loop", "zero3", "zero3 from 2"),
 ]
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
@@ -33,19 +33,20 @@ def merged_alike(found: dict, expected: dict) -> bool:
     return far(found["parameters"], expected["parameters"]) == 0
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2 from 2", "zero2 from 8"])
+@pytest.mark.parametrize("name", ["zero1", "zero2 from 8"])
 def test_a_merge_is_that_of_distributed_data_parallel(runs, name):
-    """To the last bit, undisturbed, or resumed from before or after the merge; ZeRO adds up norms in another order."""
+    """To the last bit, undisturbed, or resumed after the merge; ZeRO adds up norms in another order."""
     expected, found = read(runs, "ddp"), read(runs, name)
     assert merged_alike(found, expected) and far(found["parameters"], read(runs, name, 1)["parameters"]) == 0
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(tmp_path, monkeypatch):
-    """The second process is killed amid a step; both go on from the last whole checkpoint, after the merge."""
+def test_killed_and_resumed(tmp_path):
+    """The second process is killed. Both go on from the last whole checkpoint, after the merge, or from one before it."""
     assert finish(start(*TORCHRUN, WORKER, tmp_path, "zero2 killed")).returncode != 0
-    succeeded(start(*TORCHRUN, WORKER, tmp_path, "ddp", "zero2 from last"))
+    succeeded(start(*TORCHRUN, WORKER, tmp_path, "ddp", "zero2 from last", "zero2 from 2"))
     assert merged_alike(read(tmp_path, "zero2 from last"), read(tmp_path, "ddp"))
+    assert merged_alike(read(tmp_path, "zero2 from 2"), read(tmp_path, "ddp"))
 
 
 def test_a_checkpoint_of_deepspeed_is_whole_or_passed_over(runs, tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ RUNS = {
     "zero1": lambda folder: run(folder, [merging(), misuses()], 1),
     "zero2 killed": killed,
     "zero2 from 8": lambda folder: run(folder.with_name("zero2 best"), [merging()], 2, resume=8),
-    "zero2 from 2": lambda folder: run(folder.with_name("zero2 best"), [merging()], 2, resume=2),
+    "zero2 from 2": lambda folder: run(folder.with_name("zero2 killed"), [merging()], 2, resume=2),
     "zero2 from last": lambda folder: go_on(folder.with_name("zero2 killed")),
     "zero2 best": lambda folder: best(folder, 2),
     "zero2 rm": lambda folder: regularised(folder, 2, **ACCUMULATED),
