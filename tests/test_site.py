@@ -494,6 +494,8 @@ def test_home_and_its_menu(browser: Chrome, address: str) -> None:
     entries = browser.find_elements(By.CSS_SELECTOR, "#navbarCollapse .navbar-nav.me-auto a.nav-link")
     names = "Home", "Methods", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
     assert tuple(a.text for a in entries) == names
+    name, first = browser.find_element(By.CSS_SELECTOR, ".navbar-title"), browser.find_element(By.CSS_SELECTOR, ".nav-link")
+    assert name.rect["x"] + name.rect["width"] < first.rect["x"]  # they don't lie on one another
 
 
 def test_the_menus_open_on_a_phone(browser: Chrome, address: str) -> None:
