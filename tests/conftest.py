@@ -83,7 +83,7 @@ def glue_data(tmp_path_factory) -> Path:
 PAGES = (
     *(f"api/cli/{name}" for name in ("03_train", "04_demo", "05_many", "06_inference", "08_main")),
     *(f"api/experiments/{name}" for name in ("00_pool", "03_compare", "04_sweep")),
-    *("api/runs/09_train", "api/runs/10_again", "api/training/08_imlor2c", "api/training/11_rm_lora", "api/tuners/12_fold"),
+    *("api/runs/09_train", "api/runs/10_again", "api/training/09_imlor2c", "api/training/12_rm_lora", "api/tuners/12_fold"),
     *(f"explanations/{name}" for name in ("equations", "gradient_flow", "optimizer", "papers_and_code")),
     *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
     "explanations/annotated_lor2c",
@@ -105,6 +105,8 @@ MORE = (
     "tests/training/test_rm_lora.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/test_site.py",
     "tests/training/test_processes.py",
+    "tests/training/test_zero.py",
+    "tests/training/test_fsdp.py",
     "tests/tuners/test_units.py::test_activation_checkpointing_and_compile",
     "tests/tuners/test_units.py::test_measured_under_compile_and_in_a_trainer",
     "tests/training/test_resume.py",
