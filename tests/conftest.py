@@ -133,6 +133,7 @@ MORE = (
     "tests/runs/test_instructions.py::test_out_of_memory_says_what_to_try",
     "tests/runs/test_instructions.py::test_training_survives_a_reader_that_goes_away",
     "tests/runs/test_instructions.py::test_two_processes_share_a_batch",
+    "tests/test_project.py::test_a_tutorial_is_taken_along",
     "tests/test_project.py::test_type_checker_is_content",
     "tests/tuners/test_doors.py::test_compiled_through_moves_and_switches",
     *(f"tests/test_notebooks.py::test_notebook[{page}]" for page in PAGES),
