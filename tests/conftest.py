@@ -132,6 +132,7 @@ MORE = (
     "tests/runs/test_instructions.py::test_two_processes_share_a_batch",
     "tests/test_project.py::test_type_checker_is_content",
     "tests/tuners/test_doors.py::test_compiled_through_moves_and_switches",
+    "tests/tuners/test_rows.py::test_compiled_code_outlives_swaps_and_switches",
     *(f"tests/test_notebooks.py::test_notebook[{page}]" for page in PAGES),
 )
 
