@@ -101,6 +101,7 @@ MORE = (
     "tests/test_benchmarks.py::test_the_gpu_script_on_a_cpu",
     "tests/cli/test_main.py::test_a_run_that_cannot_shrink",
     "tests/inference/test_export.py::test_round_trips",
+    *(f"tests/inference/test_graphs.py::test_{name}" for name in ("every_engine", "the_command")),
     "tests/runs/test_instructions.py::test_micro_batches_change_nothing",
     "tests/training/test_rm_lora.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/test_site.py",
