@@ -98,7 +98,7 @@ PAGES = (
 MORE = (
     "tests/test_docs.py::test_plain_nbdev_shows_the_reference",
     "tests/test_docs.py::test_quarto_is_new_enough",
-    "tests/test_benchmarks.py::test_the_gpu_script_on_a_cpu",
+    "tests/test_benchmarks.py::test_the",
     "tests/cli/test_main.py::test_a_run_that_cannot_shrink",
     "tests/inference/test_export.py::test_round_trips",
     *(f"tests/inference/test_graphs.py::test_{name}" for name in ("every_engine", "the_command")),
@@ -124,6 +124,7 @@ MORE = (
     *(f"tests/data/test_images.py::test_{name}" for name in ("other_digits", "the_best_epoch", "only_a_pair")),
     "tests/disk/test_fuzz.py",
     "tests/inference/test_export.py::test_round_trips_of_every_stack",
+    "tests/experiments/test_papers.py::test_rows_are_run",
     "tests/experiments/test_pool.py",
     "tests/experiments/test_sweep.py",
     "tests/runs/test_methods.py",
