@@ -15,7 +15,7 @@ from lor2c.inference import graphs
 from lor2c.inference.export import export
 
 ENGINES = ("onnx", "openvino")
-QUICK = ("BERT", "Llama")
+QUICK = ("BERT",)  # a decoder is in `test_the_command`
 SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in STACKS if s not in QUICK and not s.startswith("T5")]
 
 

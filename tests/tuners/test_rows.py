@@ -72,7 +72,7 @@ def check_rows(model, inputs, names=NAMES):
             torch.testing.assert_close(mixed[i], want[name][i], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("stack", [stack for stack in STACKS if stack not in ("RoBERTa", "DeBERTa-v2")])
+@pytest.mark.parametrize("stack", [stack for stack in STACKS if stack != "RoBERTa"])
 def test_each_row_is_as_its_adapter_alone(stack):
     model = crowded(stack)
     check_rows(model, rows_of(stack))
