@@ -101,6 +101,7 @@ MORE = (
     "tests/test_benchmarks.py::test_the",
     "tests/cli/test_main.py::test_a_run_that_cannot_shrink",
     "tests/inference/test_export.py::test_round_trips",
+    *(f"tests/inference/test_graphs.py::test_{name}" for name in ("every_engine", "the_command")),
     "tests/runs/test_instructions.py::test_micro_batches_change_nothing",
     "tests/training/test_rm_lora.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/test_site.py",
@@ -136,6 +137,7 @@ MORE = (
     "tests/test_project.py::test_a_tutorial_is_taken_along",
     "tests/test_project.py::test_type_checker_is_content",
     "tests/tuners/test_doors.py::test_compiled_through_moves_and_switches",
+    "tests/tuners/test_rows.py::test_compiled_code_outlives_swaps_and_switches",
     *(f"tests/test_notebooks.py::test_notebook[{page}]" for page in PAGES),
 )
 
