@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from string import ascii_lowercase, digits
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,17 +34,20 @@ def base(tmp_path_factory) -> str:
     """Stable Diffusion's parts, each as small as it can be, saved by diffusers."""
     place = tmp_path_factory.mktemp("pipeline")
     torch.manual_seed(0)
-    words = ["a</w>", "flower</w>", "temple</w>", "part</w>", *(f"{n}</w>" for n in range(8))]
-    words = {word: n for n, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    (place / "vocab.json").write_text(json.dumps(words))
+    words = [
+        *ascii_lowercase,
+        *(f"{letter}</w>" for letter in ascii_lowercase + digits),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    (place / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
     (place / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = T.CLIPTokenizer(str(place / "vocab.json"), str(place / "merges.txt"), model_max_length=8)
+    tokenizer = T.CLIPTokenizer(str(place / "vocab.json"), str(place / "merges.txt"), model_max_length=16)
     sizes = dict(
         vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
-    text = T.CLIPTextModel(
-        T.CLIPTextConfig(**sizes, max_position_embeddings=8, bos_token_id=12, eos_token_id=13, pad_token_id=13)
-    )
+    ids = dict(bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
+    text = T.CLIPTextModel(T.CLIPTextConfig(**sizes, **ids, max_position_embeddings=16))
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4, sample_size=16,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -52,9 +56,8 @@ def base(tmp_path_factory) -> str:
         sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=16,
         attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
     )  # fmt: skip
-    parts = dict(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
-    )
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts = dict(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
     none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     diffusers.StableDiffusionPipeline(**parts, **none).save_pretrained(place / "sd")
     return str(place / "sd")
