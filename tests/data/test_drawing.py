@@ -110,6 +110,7 @@ def test_end_to_end(method, base, data, trained, tmp_path):
     unet = diffusers.UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     tuned = PeftModel.from_pretrained(unet, folder / "adapter").eval()
     job = prepare(run_of(method, base, data), tmp_path)
+    assert isinstance(job.tokenizer, Painter) and job.tokenizer.draw(["a temple"]).size == (16, 16)
     rows = job.data["validation"][:]
     given = [rows[name] for name in ("latents", "states", "noise", "times")]
     with torch.no_grad():
