@@ -54,7 +54,7 @@ setup(
     ],
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["lor2c", "lor2c.*"]),
-    package_data={"lor2c": ["py.typed"]},
+    package_data={"lor2c": ["py.typed", "experiments/papers.toml"]},
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={

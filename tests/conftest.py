@@ -98,7 +98,7 @@ PAGES = (
 MORE = (
     "tests/test_docs.py::test_plain_nbdev_shows_the_reference",
     "tests/test_docs.py::test_quarto_is_new_enough",
-    "tests/test_benchmarks.py::test_the_gpu_script_on_a_cpu",
+    "tests/test_benchmarks.py::test_the",
     "tests/cli/test_main.py::test_a_run_that_cannot_shrink",
     "tests/inference/test_export.py::test_round_trips",
     "tests/runs/test_instructions.py::test_micro_batches_change_nothing",
@@ -125,6 +125,7 @@ MORE = (
     *(f"tests/tuners/test_unet.py::test_{name}" for name in ("life", "checkpointing", "bf16", "folded_by_norms")),
     "tests/disk/test_fuzz.py",
     "tests/inference/test_export.py::test_round_trips_of_every_stack",
+    "tests/experiments/test_papers.py::test_rows_are_run",
     "tests/experiments/test_pool.py",
     "tests/experiments/test_sweep.py",
     "tests/runs/test_methods.py",

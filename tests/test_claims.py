@@ -11,6 +11,8 @@ from statistics import mean, stdev
 import pytest
 from conftest import ROOT, notebooks
 
+from lor2c.experiments.papers import experiments
+
 PAGES = [p for p in notebooks() if "api" not in p.parts]
 # Code, equations, links and tags are no prose.
 NO_PROSE = re.compile(r"```.*?```|`[^`]*`|\]\([^)]*\)|\$\$.*?\$\$|\$[^$]*\$|<[^>]*>", re.S)
@@ -122,6 +124,21 @@ def test_the_papers_tables_show_means_of_the_records(experiment: str) -> None:
                 assert scores or number in ("", "—"), (name, task)
                 checked |= {of_one} if scores else set()
     assert checked == {(name, task) for name, task in records if name in names.values()}  # none is left out
+
+
+def test_the_papers_figures_are_the_same_in_both_places() -> None:
+    """Those of tables.ipynb are those that `lor2c paper` prints; RM-LoRA's are shares there, and of its pairs the first."""
+    order = ["lor2c-table1", "lor2c-table2", "reslora-table1", "reslora-table2", "rm-lora-table1"]
+    other = {"Full FT": "Full FT", "AdaLoRA R=8": "AdaLoRA, 1.92M", "w/o FT": "w/o FT"}
+    for name, (head, _, *rows) in zip(order, shown(Path("nbs/results/tables.ipynb")), strict=True):
+        one, checked = experiments()[name], 0
+        for label, *numbers in (row for row in rows if row[0].endswith("**, paper")):
+            label = label.removeprefix("**").removesuffix("**, paper")
+            figures = one.rows[other.get(label, label)].paper.split()
+            figures = [f"{100 * float(f):.1f}" for f in figures] if name == "rm-lora-table1" else figures
+            assert numbers[head[1:].index("#Params") + 1 if "#Params" in head else 0 :] == figures, (name, label)
+            checked += 1
+        assert checked > 5
 
 
 # The records: what results/README.md says of them

@@ -423,7 +423,8 @@ def test_wheel_holds_the_library_and_nothing_else(installed: Path) -> None:
     assert sorted(p.name for p in installed.iterdir() if p.suffix != ".dist-info") == ["bin", "lor2c"]
     assert [p.name for p in (installed / "bin").iterdir()] == ["lor2c"]
     files = {p.relative_to(installed / "lor2c") for p in (installed / "lor2c").rglob("*.*") if p.suffix != ".pyc"}
-    assert files == {p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py")} | {Path("py.typed")}
+    data = {Path("py.typed"), Path("experiments/papers.toml")}
+    assert files == {p.relative_to(PACKAGE) for p in PACKAGE.rglob("*.py")} | data
 
 
 def test_wheel_metadata(installed: Path) -> None:

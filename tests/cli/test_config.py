@@ -51,6 +51,7 @@ REQUIRED = {  # what a command cannot do without
     "alpaca": "--model gemma-270m --output-dir new",
     "compare": "--tasks rte --methods lora --output-dir new",
     "sweep": "--task rte --model minilm --output-dir new",
+    "paper": "lor2c-table1 --row LoRA --row LoR2C",
     "generate": "adapter --prompt Why?",
     "eval": "adapter --tasks mmlu",
     "shrink": "run --output-dir new",

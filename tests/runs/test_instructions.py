@@ -58,7 +58,7 @@ def model(tmp_path_factory) -> str:
 
 def run_of(method: str, model: str, data: Path, **changes):
     settings = dict(epochs=2, batch_size=16, micro_batch_size=8, held_out=16, lr=1e-2, seed=3, device="cpu")
-    settings |= {} if method == "full" else {"rank": 4}
+    settings |= {} if method in ("full", "ia3") else {"rank": 4}
     limits = dict.fromkeys([n for n in ("max_merges", "max_injections") if method == "imlor2c"], 1)
     return make_run("alpaca", method, model, data_dir=str(data), **(settings | limits | changes))
 
@@ -206,7 +206,7 @@ LIKE_OTHERS = "dora pissa loha rlora gmlora reslora-is reslora-bs mergelor2c inj
     [pytest.param(m, marks=[pytest.mark.slow] * (m in LIKE_OTHERS)) for m in METHODS if m != "head"],
 )
 def test_every_method_learns_and_comes_back(method, model, data, tmp_path):
-    changes = {"lokr": {"lr": 0.1}, "full": {"lr": 3e-3}, "adalora": {"lr": 0.1}}.get(method, {})
+    changes = {"lokr": {"lr": 0.1}, "full": {"lr": 3e-3}, "adalora": {"lr": 0.1}, "ia3": {"lr": 0.1}}.get(method, {})
     record = train(run_of(method, model, data, **changes), tmp_path / "run")
     before, best = record["metrics"]["baseline"]["held_out_loss"], record["metrics"]["best"]
     assert best["held_out_loss"] < before

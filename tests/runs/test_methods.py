@@ -63,7 +63,7 @@ def test_comes_back_as_scored(method, changes, base, glue_data, tmp_path):
         logits = model.eval()(**batch).logits
         if method not in ("head", "full"):  # what was loaded matters
             for name, p in model.named_parameters():
-                if any(part in name for part in ("lora_", "lor2c_", "hada_", "lokr_")):
+                if any(part in name for part in ("lora_", "lor2c_", "hada_", "lokr_", "miss_", "ia3_")):
                     p.zero_()
             assert (model(**batch).logits - logits).abs().max() > 1e-2
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows["labels"])).item()
