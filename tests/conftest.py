@@ -83,7 +83,7 @@ def glue_data(tmp_path_factory) -> Path:
 PAGES = (
     *(f"api/cli/{name}" for name in ("03_train", "04_demo", "05_many", "06_inference", "08_main")),
     *(f"api/experiments/{name}" for name in ("00_pool", "03_compare", "04_sweep")),
-    *("api/runs/09_train", "api/runs/10_again", "api/training/08_imlor2c", "api/training/11_rm_lora", "api/tuners/12_fold"),
+    *("api/runs/09_train", "api/runs/10_again", "api/training/09_imlor2c", "api/training/12_rm_lora", "api/tuners/12_fold"),
     *(f"explanations/{name}" for name in ("equations", "gradient_flow", "optimizer", "papers_and_code")),
     *(f"explanations/{name}" for name in ("residual_or_lora", "stream_norm", "what_sfs_sees", "why_no_fold")),
     "explanations/annotated_lor2c",
@@ -101,10 +101,13 @@ MORE = (
     "tests/test_benchmarks.py::test_the",
     "tests/cli/test_main.py::test_a_run_that_cannot_shrink",
     "tests/inference/test_export.py::test_round_trips",
+    *(f"tests/inference/test_graphs.py::test_{name}" for name in ("every_engine", "the_command")),
     "tests/runs/test_instructions.py::test_micro_batches_change_nothing",
     "tests/training/test_rm_lora.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/test_site.py",
     "tests/training/test_processes.py",
+    "tests/training/test_zero.py",
+    "tests/training/test_fsdp.py",
     "tests/tuners/test_units.py::test_activation_checkpointing_and_compile",
     "tests/tuners/test_units.py::test_measured_under_compile_and_in_a_trainer",
     "tests/training/test_resume.py",
@@ -133,8 +136,10 @@ MORE = (
     "tests/runs/test_instructions.py::test_out_of_memory_says_what_to_try",
     "tests/runs/test_instructions.py::test_training_survives_a_reader_that_goes_away",
     "tests/runs/test_instructions.py::test_two_processes_share_a_batch",
+    "tests/test_project.py::test_a_tutorial_is_taken_along",
     "tests/test_project.py::test_type_checker_is_content",
     "tests/tuners/test_doors.py::test_compiled_through_moves_and_switches",
+    "tests/tuners/test_rows.py::test_compiled_code_outlives_swaps_and_switches",
     *(f"tests/test_notebooks.py::test_notebook[{page}]" for page in PAGES),
 )
 
