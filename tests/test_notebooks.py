@@ -28,6 +28,9 @@ NEEDS = {
 }
 
 
+LIBRARIES = {"nbs/howto/draw.ipynb": "diffusers"}
+
+
 # Pages that only show what records hold: what they store is what they print.
 SHOW_RECORDS = ("nbs/index.ipynb", "nbs/works.ipynb", "nbs/results/")
 
@@ -47,6 +50,8 @@ def is_there(folder: str, variable: str) -> bool:
 def test_notebook(path: Path) -> None:
     if (needed := NEEDS.get(path.as_posix())) and not is_there(*needed):
         pytest.skip(f"needs data: set {needed[1]} to a folder such as {needed[0]}, see the page")
+    if library := LIBRARIES.get(path.as_posix()):
+        pytest.importorskip(library)
     nb = nbformat.read(ROOT / path, as_version=4)
     nb.cells = [cell for cell in nb.cells if cell.cell_type != "code" or wanted(cell)]
     stored = printed(nb)

@@ -48,6 +48,7 @@ REQUIRED = {  # what a command cannot do without
     "squad": "--model minilm --output-dir new",
     "reason": "--task gsm8k --model gemma-270m --output-dir new",
     "images": "--task pictures --model vit --output-dir new",
+    "draw": "--task drawings --model sd --output-dir new",
     "alpaca": "--model gemma-270m --output-dir new",
     "compare": "--tasks rte --methods lora --output-dir new",
     "sweep": "--task rte --model minilm --output-dir new",
