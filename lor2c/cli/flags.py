@@ -55,6 +55,10 @@ ON_PROBLEMS = {
     **{"rank": "4", "alpha": "8", "dropout": "0.05", "lr": "3e-4; full and gemma-270m have their own", "seed": "42"},
     **{"micro-batch-size": "8 at most", "max-train-samples": "all; metamathqa: 40,000"},
 }
+ON_DRAWINGS = {
+    **{name: text for name, text in ON_GLUE.items() if name != "max-length"},
+    **{"rank": "16", "alpha": "32", "dropout": "0", "epochs": "3", "batch-size": "4", "lr": "1e-4"},
+}
 ON_ALPACA = {
     **{"rank": "64", "alpha": "32", "dropout": "0.05", "epochs": "3", "batch-size": "128, of all processes together"},
     **{
@@ -145,9 +149,14 @@ def add_task(parser: argparse.ArgumentParser, holds: str) -> None:
     parser.add_argument("--output-dir", required=True, metavar="DIR", help=holds)
 
 # %% ../../nbs/api/cli/00_flags.ipynb #4a434897
+def add_held_out(parser: argparse.ArgumentParser, default: str) -> None:
+    "Add the flag that says how many rows are scored on."
+    parser.add_argument("--held-out", type=int, metavar="N", help=f"rows to score on{default}")
+
+
 def add_generative(parser: argparse.ArgumentParser) -> None:
     "Add the flags that only runs on instructions have."
-    parser.add_argument("--held-out", type=int, metavar="N", help=f"rows to score on, for alpaca ({Run.held_out})")
+    add_held_out(parser, f", for alpaca ({Run.held_out})")
     parser.add_argument("--template", help=f"of the prompt, for alpaca: {' or '.join(TEMPLATES)} ({Run.template})")
     parser.add_argument("--quantize", help=f"pack the weights of a decoder: {', '.join(QUANTIZE)}")
     parser.add_argument("--inject-alpha", type=float, metavar="X", help="alpha of injected LoRA (alpaca: half of alpha)")

@@ -27,6 +27,7 @@ COMMANDS = {  # name: its module, what it does
     "squad": ("train", "find answers in a text"),
     "reason": ("train", "tune a decoder on word problems and common sense"),
     "images": ("train", "classify pictures"),
+    "draw": ("train", "tune an image generator on pictures with captions"),
     "alpaca": ("train", "tune a decoder on instructions"),
     "compare": ("many", "methods side by side, over tasks and seeds"),
     "sweep": ("many", "try limits of merges and injections on a GLUE task"),
@@ -82,7 +83,7 @@ def main(
         stop(error, code=1)
     except KeyboardInterrupt:
         again = dict.fromkeys(("demo", "compare", "sweep", "paper"), "; the same command goes on")
-        again |= dict.fromkeys(("glue", "squad", "reason", "images", "alpaca"), "; the same command with --resume goes on")
+        again |= dict.fromkeys(("glue", "squad", "reason", "images", "draw", "alpaca"), "; the same command with --resume goes on")
         print(f"\nlor2c: interrupted{again.get(args.command, '')}", file=sys.stderr)
         raise SystemExit(130) from None
 
@@ -94,7 +95,7 @@ def _read(argv: list[str]) -> argparse.Namespace:
         if named and not {"-h", "--help"} & set(argv) and not _values("--save-config", argv):
             for model in _values("--model", argv)[-1:]:
                 # before torch is loaded, which takes a minute on a busy machine
-                check_model(model)
+                check_model(model, "model_index.json" if named == ["draw"] else "config.json")
         parser = make_parser(named)
         commands = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
         for file in _values("--config", argv)[-1:] if named else []:

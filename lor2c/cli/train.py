@@ -13,8 +13,10 @@ from typing import Any
 
 from .config import keep_config
 from .endings import is_first, stop
-from .flags import MODELS, ON_ALPACA, ON_GLUE, ON_PROBLEMS, add_generative, add_limits, add_settings, changes_of
+from .flags import MODELS, ON_ALPACA, ON_DRAWINGS, ON_GLUE, ON_PROBLEMS, add_generative, add_held_out, add_limits
+from .flags import add_settings, changes_of
 from ..data.base import QUANTIZE
+from ..data.drawing import TASKS_OF_DRAWINGS
 from ..data.glue import GLUE
 from ..data.images import TASKS_OF_IMAGES
 from ..data.problems import TASKS_OF_PROBLEMS
@@ -70,6 +72,18 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     _add_single(parser, {name: text for name, text in ON_GLUE.items() if name != "max-length"})
 
 
+def add_draw(parser: argparse.ArgumentParser) -> None:
+    "Add the flags of `lor2c draw`."
+    parser.description = (
+        "Tune Stable Diffusion's U-Net on pictures with captions, from the hub or of your own, keep the epoch with the lowest "
+        "loss on held-out rows, and draw on the way. Where the adapter goes and its size are ResLoRA's of its Figure 3."
+    )
+    parser.add_argument("--task", required=True, help=", ".join(TASKS_OF_DRAWINGS))
+    _add_single(parser, ON_DRAWINGS)
+    add_held_out(parser, " (32)")
+    parser.set_defaults(method="reslora-is")
+
+
 def _add_single(
     parser: argparse.ArgumentParser, defaults: dict[str, str], schedule: str = "epoch", methods: Sequence[str] = tuple(METHODS)
 ) -> None:
@@ -115,7 +129,7 @@ def _run(args: argparse.Namespace, task: str) -> None:
 
 
 # they name their task as GLUE does
-run_reason = run_images = run_glue
+run_reason = run_images = run_draw = run_glue
 
 # %% ../../nbs/api/cli/03_train.ipynb #8fbc21a2
 def run_one(job: Job | Finished) -> None:

@@ -95,9 +95,9 @@ def _unpack_gguf(folder: Path, name: str, to: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(to)
 
 # %% ../../nbs/api/data/00_base.ipynb #cf176928
-def find_model(name: str) -> str:
+def find_model(name: str, index: str = "config.json") -> str:
     "Name or folder to load a model from. Raises OSError, and soon, if it is no folder, not cached, and not on the hub."
-    check_model(name)
+    check_model(name, index)
     return _own_models[name]() if name in OWN_MODELS else name
 
 

@@ -45,14 +45,14 @@ OWN_MODELS = ("minilm", "gemma-270m")
 _advice = "Pass the path of a local model (saved by save_pretrained), or connect once"
 
 
-def check_model(name: str) -> None:
-    "Ask for a model's configuration. Raises OSError, and soon, if it is no folder, not cached, and not on the hub."
+def check_model(name: str, index: str = "config.json") -> None:
+    "Ask for the file that every model of a kind has. Raises OSError, and soon, if it is no folder, not cached, and not on the hub."
     if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise OSError(f"model {name!r} is a folder without a config.json. {_advice}")
+        if not (Path(name) / index).is_file():
+            raise OSError(f"model {name!r} is a folder without a {index}. {_advice}")
         return
     try:
-        if name not in OWN_MODELS and not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        if name not in OWN_MODELS and not isinstance(try_to_load_from_cache(name, index), str):
             _soon(lambda: model_info(name))
     except Exception as error:  # noqa: BLE001, the hub client's errors are those of its HTTP library
         missing = f"model {name!r} is no folder, not in the cache, and not to be had"

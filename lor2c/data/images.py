@@ -34,17 +34,22 @@ def open_picture(value: Any) -> Image.Image:  # in RGB
     return value.convert("RGB")
 
 
+def defect_of_picture(value: Any) -> str | None:
+    "Why a picture cannot be opened; None if it can."
+    try:
+        open_picture(value)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"the picture cannot be read ({error})"
+    return None
+
+
 def _defect(column: str, label: str) -> Callable[[dict[str, Any]], str | None]:
     "Looks at a row of these columns."
 
     def look(row: dict[str, Any]) -> str | None:
         if not isinstance(row[label], int) or row[label] < 0:
             return f"label {row[label]!r} is no number from 0 on"
-        try:
-            open_picture(row[column])
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"the picture cannot be read ({error})"
-        return None
+        return defect_of_picture(row[column])
 
     return look
 
@@ -97,7 +102,7 @@ def augment(picture: Image.Image) -> Image.Image:
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else part
 
 # %% ../../nbs/api/data/09_images.ipynb #839b34ab
-class _PictureTrainer(Trainer):
+class PictureTrainer(Trainer):
     "A Trainer that leaves rows to their transform, and whose order of rows follows from seed and epoch."
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -199,7 +204,7 @@ def _check(run: Asked) -> None:
 
 IMAGES = Kind(
     None, _load_model, _load_data, lambda task, reader: dict(data_collator=default_data_collator, compute_metrics=_accuracy),
-    _PictureTrainer, _baseline, check=_check,
+    PictureTrainer, _baseline, check=_check,
 )  # fmt: skip
 
 # %% ../../nbs/api/data/09_images.ipynb #82f61e30

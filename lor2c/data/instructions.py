@@ -65,7 +65,7 @@ def _from_hub() -> Path:
         ) from None
 
 # %% ../../nbs/api/data/08_instructions.ipynb #6fec0c08
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def read_table(file: Path) -> list[dict[str, Any]]:
     "The rows of a Parquet, JSON or JSON Lines file. Raises ValueError if it is damaged or holds something else."
     if file.suffix == ".parquet":
         try:
@@ -127,7 +127,7 @@ def load_instructions(
 
     Raises ConnectionError, FileNotFoundError or ValueError, the last also if no row has the columns or can be used."""
     file = find_instructions(data_dir)
-    table, usable = _read_rows(file), Rows([])
+    table, usable = read_table(file), Rows([])
     for n, row in enumerate(table):
         if why := _defect(row):
             usable.left_out.setdefault(why, []).append(n)

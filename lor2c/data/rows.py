@@ -82,11 +82,11 @@ def read_rows(
     place = source.hub if data_dir is None else Path(data_dir) / source.name
     splits = _from_folder(source, place) if isinstance(place, Path) else _from_hub(source, str(place))
     for split, rows in splits.items():
-        _check_rows(source, rows, f"{place}/{split}")
+        check_rows(source, rows, f"{place}/{split}")
     return DatasetDict(train=splits["train"], validation=splits[source.scored])
 
 
-def _check_rows(source: Source, rows: Dataset, place: str) -> None:
+def check_rows(source: Source, rows: Dataset, place: str) -> None:
     "Raises ValueError for a missing column, no rows, and a row that cannot be used."
     if missing := [column for column in source.columns if column not in rows.column_names]:
         raise ValueError(f"{place} has no column {', '.join(missing)}: it has {', '.join(rows.column_names)}")

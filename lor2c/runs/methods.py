@@ -27,11 +27,12 @@ _peft = ("lora", "rslora", "dora", "pissa", "adalora", "loha", "lokr", "miss", "
 METHODS = ("head", "full", *_peft, *RM_LORA, *SHORTCUTS, *_residuals)
 
 # %% ../../nbs/api/runs/00_methods.ipynb #d641a85c
-Targets = Literal["writing", "all-linear", "query-value", "head"]
+Targets = Literal["writing", "all-linear", "query-value", "attention", "head"]
 TARGETS: dict[Targets, str] = {
     "writing": r".*\.(o_proj|down_proj|out_proj|fc2|c_proj|o_lin|lin2|wo|output\.dense)",
     "all-linear": "all-linear",
     "query-value": r".*\.(query|value|q_proj|v_proj|q_lin|v_lin|query_proj|value_proj)",
+    "attention": r".*\.((query|key|value)(_proj)?|attention\.output\.dense|[qkvo]_proj|[qkv]_lin|out_(proj|lin)|to_([qkv]|out\.0))",
     "head": "",
 }
 

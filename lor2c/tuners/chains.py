@@ -7,6 +7,7 @@ __all__ = ['BlockDown', 'BlockUp', 'InputDown', 'MiddleDown']
 
 # %% ../../nbs/api/tuners/11_chains.ipynb #0335e7e5
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from .config import ResLoRAConfig
 from .residual import Held, hidden_states
 
 # %% ../../nbs/api/tuners/11_chains.ipynb #4b3f1945
-def _place_of(path: str, stacks: Iterable[str] = ()) -> tuple[tuple[str, str], int] | None:
+def _place_of(path: str, stacks: Iterable[str] = (), order: Iterable[str] = ()) -> tuple[tuple[str, str], int] | None:
     """Find the chain of a module and its layer: 'encoder.layer.3.query' -> (('encoder.layer', 'query'), 3), None outside.
 
-    `stacks` are paths of lists of layers, found or named; elsewhere the first number is the layer.
+    `order` are paths of all layers, `stacks` those of lists of layers, found or named; elsewhere the first number is the layer.
     """
+    if order:
+        found = ((("", path.removeprefix(f"{layer}.")), n) for n, layer in enumerate(order) if path.startswith(f"{layer}."))
+        return next(found, None)
     for stack in stacks:
         number, _, rest = path.removeprefix(f"{stack}.").partition(".")
         if path.startswith(f"{stack}.") and number.isdecimal():
@@ -33,7 +37,7 @@ def _place_of(path: str, stacks: Iterable[str] = ()) -> tuple[tuple[str, str], i
 
 # %% ../../nbs/api/tuners/11_chains.ipynb #5b0221bb
 def _links_of(
-    shapes: Sequence[tuple[int, int]],  # (in, out) of each block of a chain
+    shapes: Sequence[tuple[int, ...]],  # (in, out, ...) of each block of a chain
     pre_num: int,
 ) -> list[list[int]]:
     "List the previous blocks that each block of a chain reads, the nearest first: of the last pre_num those of its shape."
@@ -42,17 +46,20 @@ def _links_of(
 
 # %% ../../nbs/api/tuners/11_chains.ipynb #1f748fbc
 def chains_of(
-    shapes: Mapping[str, tuple[int, int]],  # path of a module -> (in, out)
+    shapes: Mapping[str, tuple[int, ...]],  # path of a module -> (in, out, ...)
     pre_num: int,
     stacks: Iterable[str] = (),  # paths of the model's lists of layers
+    order: Sequence[str] = (),  # or of its layers as they run, of which only neighbours of one shape are linked
 ) -> list[tuple[list[str], list[list[int]]]]:  # paths in the order of their layers, links
     "Find the chains among these modules, without those that link nothing. Raises ValueError if nothing at all is linked."
     members: dict[tuple[str, str], list[tuple[int, str]]] = {}
     stacks = tuple(stacks)
     for path in shapes:
-        if place := _place_of(path, stacks):
+        if place := _place_of(path, stacks, order):
             members.setdefault(place[0], []).append((place[1], path))
     ordered = [[path for _, path in sorted(some)] for some in members.values()]
+    if order:
+        ordered = [list(run) for paths in ordered for _, run in groupby(paths, shapes.__getitem__)]
     chains = [(paths, _links_of([shapes[path] for path in paths], pre_num)) for paths in ordered]
     linked = [(paths, links) for paths, links in chains if any(links)]
     if pre_num and not linked:

@@ -21,16 +21,16 @@ from .compat import include_all_linear, register
 from .config import ResLoRAConfig
 from .fold import Folded, fold
 from .injection import is_linear, keep_loaded_type, out_features, with_lora
-from .stack import layerdrop, named_layers, stacks, warn_of_frozen_head
+from .stack import layerdrop, named_layers, stacks, unet_layers, warn_of_frozen_head
 from .switches import by_row, switch, switches
 
 # %% ../../nbs/api/tuners/13_reslora.ipynb #cd34a96d
 def _targets_of(
     model: nn.Module, config: ResLoRAConfig
-) -> dict[str, tuple[int, int]]:  # path of a target module -> (in, out)
+) -> dict[str, tuple[int, ...]]:  # path of a target module -> (in, out)
     "Find the modules that a configuration targets. Raises ValueError if one of them is not linear."
     inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    targets = {}
+    targets: dict[str, tuple[int, ...]] = {}
     for path, module in model.named_modules():
         if path and not path.startswith(inside) and check_target_module_exists(config, path):
             inner: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -48,13 +48,24 @@ def _lists_of(model: nn.Module, config: ResLoRAConfig) -> list[str]:
     return list(stacks(model) if given is None else given)
 
 
+def _chains(
+    model: nn.Module, config: ResLoRAConfig, shapes: dict[str, tuple[int, ...]]
+) -> list[tuple[list[str], list[list[int]]]]:
+    "Find the chains of these modules. In a U-Net, shortcuts that read activations need layers that see as many tokens."
+    levels = unet_layers(model) if config.layers is None else {}
+    if config.shortcut != "block":
+        level_of = lambda path: [level for layer, level in levels.items() if path.startswith(f"{layer}.")]  # noqa: E731
+        shapes = {path: (*shape, *level_of(path)) for path, shape in shapes.items()}
+    return chains_of(shapes, config.pre_num, _lists_of(model, config), list(levels))
+
+
 def _link(model: nn.Module, name: str, config: ResLoRAConfig) -> None:
     "Connect the blocks of adapter `name` as its configuration says. Source: ResLoRA section 3.2."
     layers = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A}
     # PEFT knows both, since the targets are linear
     shapes: dict[str, Any] = {path: (layer.in_features, layer.out_features) for path, layer in layers.items()}
     double = config.shortcut == "input" and config.first == "double"
-    for paths, links in chains_of(shapes, config.pre_num, _lists_of(model, config)):
+    for paths, links in _chains(model, config, shapes):
         chain = Chain(paths, links, double)
         for path in paths:
             join(chain, layers[path], name, config)
@@ -126,7 +137,7 @@ class ResLoRAModel(BaseTuner):
         # both change the configuration in place
         include_all_linear(super()._prepare_adapter_config(config, model_config), self.model)
         if targets := _targets_of(self.model, config):  # PEFT has an error of its own for none
-            chains_of(targets, config.pre_num, _lists_of(self.model, config))
+            _chains(self.model, config, targets)
         if config.pre_num and config.shortcut != "block":
             _refuse_unsteady(self.model, targets)
         warn_of_frozen_head(self.model, config)

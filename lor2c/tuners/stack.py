@@ -8,7 +8,7 @@ __all__ = ['stacks', 'find_layers']
 # %% ../../nbs/api/tuners/01_stack.ipynb #872fa692
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +69,30 @@ def named_layers(model: nn.Module, path: str) -> Layers:
         lists = ", ".join(map(repr, _module_lists(model)))
         raise ValueError(f"layers={path!r} must name a list of layers; {kind} is there. Lists in the model: {lists}")
     return layers
+
+# %% ../../nbs/api/tuners/01_stack.ipynb #2a273d68
+def unet_layers(
+    model: nn.Module,
+) -> dict[str, int]:  # dotted path of a layer -> how often the picture was halved before it
+    "List the transformer layers of a U-Net of diffusers, in the order in which they run. Empty for other models."
+    layers: dict[str, int] = {}
+    level = 0
+    for path, block in _unet_blocks(model):
+        for inner, module in block.named_modules():
+            if isinstance(module, nn.ModuleList) and inner.endswith("transformer_blocks"):
+                layers |= {f"{path}.{inner}.{n}": level for n in range(len(module))}
+        level += bool(getattr(block, "downsamplers", None)) - bool(getattr(block, "upsamplers", None))
+    return layers
+
+
+def _unet_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    "Find the blocks of a U-Net with their paths, in the order in which they run."
+    for path, unet in model.named_modules():
+        down, middle, up = (unet._modules.get(name) for name in ("down_blocks", "mid_block", "up_blocks"))
+        if isinstance(down, nn.ModuleList) and isinstance(up, nn.ModuleList):
+            parts = {**{f"down_blocks.{n}": block for n, block in enumerate(down)}, "mid_block": middle}
+            parts |= {f"up_blocks.{n}": block for n, block in enumerate(up)}
+            yield from ((f"{path}.{name}".lstrip("."), block) for name, block in parts.items() if block is not None)
 
 # %% ../../nbs/api/tuners/01_stack.ipynb #03357d10
 def stream_width(
