@@ -117,6 +117,7 @@ MORE = (
     "tests/data/test_problems.py::test_a_decoder_learns",
     *(f"tests/data/test_images.py::test_{name}" for name in ("other_digits", "the_best_epoch", "only_a_pair")),
     "tests/disk/test_fuzz.py",
+    *(f"tests/runs/test_methods.py::test_comes_back_as_scored[{name}-" for name in ("adapterdrop", "dylora")),
     "tests/inference/test_export.py::test_round_trips_of_every_stack",
     "tests/experiments/test_papers.py::test_rows_are_run",
     "tests/experiments/test_pool.py",
