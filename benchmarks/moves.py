@@ -9,7 +9,6 @@ start from the same weights, in float32, and are undone afterwards. What FILE ha
 """
 
 import argparse
-import copy
 import json
 import tempfile
 import time
@@ -23,10 +22,11 @@ from lor2c.runs.again import reopen
 from lor2c.runs.train import make_trainer
 from lor2c.training.decisions import sample_batches
 from lor2c.training.fitted import fit_seen, see, write_pair
-from lor2c.training.scores import plain_pairs, scores_of
+from lor2c.training.scores import scores_of
 from lor2c.training.shrink import directions
 from lor2c.training.surgery import inject_lora, merge_modules
 from lor2c.tuners.residual import residuals
+from lor2c.tuners.units import plain_pairs
 
 
 def labels_of(batch: dict) -> int:
@@ -126,22 +126,19 @@ def calls_of(model, layer: nn.Module, batches: list[dict]) -> list:
     for batch in batches:
         model(**batch, **({} if batch["labels"].dim() == 1 else {"use_cache": False}))
     hook.remove()
-    return copy.copy(seen)
+    return seen
 
 
-def fit_injected(layer: nn.Module, seen: list, steps: int, lr: float = 3e-3) -> float:
-    "Let a layer's injected LoRA do what its residual did, each token in units of its own size; the share that is left."
+def fit_injected(layer: nn.Module, seen: list, steps: int, lr: float = 3e-3) -> None:
+    "Let a layer's injected LoRA do what its residual did, each token in units of its own size."
     pairs = [p for name, p in layer.named_parameters() if "lora_" in name and p.requires_grad]
     optimizer = torch.optim.Adam(pairs, lr=lr)
-    first = left = 0.0
     for step in range(steps):
         args, kwargs, want = seen[step % len(seen)]
         out = layer(*args, **kwargs)
         out = out[0] if isinstance(out, tuple) else out
         loss = ((out - want) / want.square().mean(-1, keepdim=True).sqrt()).square().mean()
-        first, left = first or loss.item(), loss.item()
         optimizer.zero_grad(), loss.backward(), optimizer.step()
-    return left / first
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def refused(capsys, *arguments: str | Path) -> str:
     """The one line that a wrong input gets, with exit code 2."""
     from lor2c.cli.main import main
 
+    capsys.readouterr()  # what was written before is not the command's
     with pytest.raises(SystemExit) as end:
         main([*map(str, arguments)])
     err = capsys.readouterr().err
@@ -98,6 +99,10 @@ MORE = (
     "tests/test_docs.py::test_plain_nbdev_shows_the_reference",
     "tests/test_docs.py::test_quarto_is_new_enough",
     "tests/test_benchmarks.py::test_the_gpu_script_on_a_cpu",
+    "tests/cli/test_main.py::test_a_run_that_cannot_shrink",
+    "tests/inference/test_export.py::test_round_trips",
+    "tests/runs/test_instructions.py::test_micro_batches_change_nothing",
+    "tests/training/test_rm_lora.py::test_killed_and_resumed_is_the_undisturbed_run",
     "tests/test_site.py",
     "tests/training/test_processes.py",
     "tests/tuners/test_units.py::test_activation_checkpointing_and_compile",

@@ -550,7 +550,8 @@ def test_code_is_copied(browser: Chrome, address: str) -> None:
     visit(browser, address + "tutorials/glue.html")
     allowed = {"origin": address.rstrip("/"), "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     browser.execute_cdp_cmd("Browser.grantPermissions", allowed)
-    code = find(browser, "main .cell div.sourceCode")
+    blocks = browser.find_elements(By.CSS_SELECTOR, "main .cell div.sourceCode")
+    code = next(block for block in blocks if block.is_displayed())  # imports are folded
     code.find_element(By.XPATH, "..").find_element(By.CSS_SELECTOR, ".code-copy-button").send_keys(Keys.ENTER)
     read = "navigator.clipboard.readText().then(arguments[0], (e) => arguments[0](String(e)))"
     wait(browser, lambda b: b.execute_async_script(read).strip() == code.find_element(By.TAG_NAME, "code").text.strip())

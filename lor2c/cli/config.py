@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/api/cli/02_config.ipynb #dd010a0f
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from .endings import is_first
+from ..disk.files import told_of_disk, whole
 
 # %% ../../nbs/api/cli/02_config.ipynb #d1991f43
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +74,8 @@ def write_config(args: argparse.Namespace, file: Path) -> None:
         if name not in _NOT_SETTINGS and value is not None and value is not False
     }
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(f"# lor2c {args.command} --config {file.name}\n{text}", encoding="utf-8")
-    os.replace(part, file)
+    with told_of_disk(file.parent), whole(file) as part:
+        part.write_text(f"# lor2c {args.command} --config {file.name}\n{text}", encoding="utf-8")
 
 
 def keep_config(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .config import add_config, take_config, write_config
 from .endings import quieten, stop
+from ..data.hub import check_model
 
 # %% ../../nbs/api/cli/08_main.ipynb #80a6964d
 COMMANDS = {  # name: its module, what it does
@@ -88,13 +89,21 @@ def main(
 def _read(argv: list[str]) -> argparse.Namespace:
     "The arguments of a command, those of its settings file among them. Ends with SystemExit(2) where they are wrong."
     named = [word for word in argv if word in COMMANDS][:1]
-    parser = make_parser(named)
-    files = [after for word, after in pairwise(argv) if word == "--config"]
-    files += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
-    commands = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     try:
-        for file in files[-1:] if named else []:
+        if named and not {"-h", "--help"} & set(argv) and not _values("--save-config", argv):
+            for model in _values("--model", argv)[-1:]:
+                # before torch is loaded, which takes a minute on a busy machine
+                check_model(model)
+        parser = make_parser(named)
+        commands = next(a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        for file in _values("--config", argv)[-1:] if named else []:
             take_config(commands[named[0]], file, argv)
     except (ValueError, OSError) as error:
         stop(error)
     return parser.parse_args(argv)
+
+
+def _values(flag: str, argv: list[str]) -> list[str]:
+    "What is given for a flag, before the parser is made: as the next word, or behind an equals sign."
+    apart = [after for word, after in pairwise(argv) if word == flag]
+    return apart + [word.partition("=")[2] for word in argv if word.startswith(f"{flag}=")]

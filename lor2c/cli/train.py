@@ -7,12 +7,13 @@ __all__ = []
 
 # %% ../../nbs/api/cli/03_train.ipynb #e5e30518
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import keep_config
 from .endings import is_first, stop
-from .flags import MODELS, ON_ALPACA, ON_GLUE, ON_PROBLEMS, add_generative, add_limits, add_settings, add_task, changes_of
+from .flags import MODELS, ON_ALPACA, ON_GLUE, ON_PROBLEMS, add_generative, add_limits, add_settings, changes_of
 from ..data.base import QUANTIZE
 from ..data.glue import GLUE
 from ..data.images import TASKS_OF_IMAGES
@@ -34,11 +35,8 @@ def add_glue(parser: argparse.ArgumentParser) -> None:
         "Fine-tune on a GLUE task and keep the best epoch. Defaults are the LoR2C authors' settings for roberta-base, "
         f"such as {GLUE['rte'].recipe.epochs} epochs on rte."
     )
-    add_task(parser, "for record.json and adapter/")
-    parser.add_argument("--method", default="lor2c", help=f"{', '.join(METHODS)} (%(default)s)")
-    add_limits(parser, "3")
-    add_settings(parser, ON_GLUE)
-    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in DIR")
+    parser.add_argument("--task", required=True, help=", ".join(GLUE))
+    _add_single(parser, ON_GLUE)
 
 
 def add_squad(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +45,6 @@ def add_squad(parser: argparse.ArgumentParser) -> None:
         "Fine-tune an encoder or a decoder to find answers in a text (SQuAD 1.1), and keep the epoch with the best F1. "
         "Defaults are RM-LoRA's for GLUE, and the windows of transformers' example."
     )
-    parser.set_defaults(task="squad")
     _add_single(parser, ON_GLUE)
 
 
@@ -73,11 +70,13 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     _add_single(parser, {name: text for name, text in ON_GLUE.items() if name != "max-length"})
 
 
-def _add_single(parser: argparse.ArgumentParser, defaults: dict[str, str], schedule: str = "epoch") -> None:
-    "Add the flags of a command with tasks of its own."
+def _add_single(
+    parser: argparse.ArgumentParser, defaults: dict[str, str], schedule: str = "epoch", methods: Sequence[str] = tuple(METHODS)
+) -> None:
+    "Add the flags of a command that trains one run."
     parser.add_argument("--model", required=True, metavar="NAME_OR_PATH", help=MODELS)
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="for record.json and adapter/")
-    parser.add_argument("--method", default="lor2c", help=f"{', '.join(METHODS)} (%(default)s)")
+    parser.add_argument("--method", default="lor2c", help=f"{', '.join(methods)} (%(default)s)")
     add_limits(parser, "3")
     add_settings(parser, defaults, schedule)
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in DIR")
@@ -89,15 +88,8 @@ def add_alpaca(parser: argparse.ArgumentParser) -> None:
         "Tune a decoder on instructions (Alpaca-Cleaned, or rows of your own) and keep the adapter with the lowest loss on "
         "held-out rows. Defaults are the settings of the LoR2C paper and its script for LLaMA-2-7B."
     )
-    parser.add_argument("--model", required=True, metavar="NAME_OR_PATH", help=MODELS)
-    parser.add_argument("--output-dir", required=True, metavar="DIR", help="for record.json and adapter/")
-    parser.add_argument(
-        "--method", default="lor2c", help=f"{', '.join(m for m in METHODS if m != 'head')} (%(default)s)"
-    )
-    add_limits(parser, "3")
-    add_settings(parser, ON_ALPACA, "fractional")
+    _add_single(parser, ON_ALPACA, "fractional", [method for method in METHODS if method != "head"])
     add_generative(parser)
-    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in DIR")
 
 # %% ../../nbs/api/cli/03_train.ipynb #253293ed
 def run_glue(args: argparse.Namespace) -> None:
@@ -107,17 +99,7 @@ def run_glue(args: argparse.Namespace) -> None:
 
 def run_squad(args: argparse.Namespace) -> None:
     "Fine-tune on questions about a text."
-    run_glue(args)
-
-
-def run_reason(args: argparse.Namespace) -> None:
-    "Tune a decoder on problems."
-    run_glue(args)
-
-
-def run_images(args: argparse.Namespace) -> None:
-    "Fine-tune on pictures."
-    run_glue(args)
+    _run(args, "squad")
 
 
 def run_alpaca(args: argparse.Namespace) -> None:
@@ -130,6 +112,10 @@ def _run(args: argparse.Namespace, task: str) -> None:
     job = prepare_or_exit(task, args.method, args.model, args.output_dir, args.resume, changes_of(args))
     keep_config(args)
     run_one(job)
+
+
+# they name their task as GLUE does
+run_reason = run_images = run_glue
 
 # %% ../../nbs/api/cli/03_train.ipynb #8fbc21a2
 def run_one(job: Job | Finished) -> None:

@@ -9,15 +9,12 @@ __all__ = ['demo_model', 'gemma_model', 'load_classifier', 'load_decoder']
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
-from threading import Thread
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from huggingface_hub import dataset_info, model_info, try_to_load_from_cache
 from peft import prepare_model_for_kbit_training
 from torch import nn
 from transformers import (
@@ -32,6 +29,7 @@ from transformers import (
     TorchAoConfig,
 )
 
+from .hub import OWN_MODELS, check_model
 from ..maths.checks import one_of
 
 # %% ../../nbs/api/data/00_base.ipynb #681519ae
@@ -99,61 +97,11 @@ def _unpack_gguf(folder: Path, name: str, to: Path) -> None:
 # %% ../../nbs/api/data/00_base.ipynb #cf176928
 def find_model(name: str) -> str:
     "Name or folder to load a model from. Raises OSError, and soon, if it is no folder, not cached, and not on the hub."
-    if name in _own_models:
-        return _own_models[name]()
-    if not Path(name).is_dir():
-        _check_hub(name)
-    elif not (Path(name) / "config.json").is_file():
-        raise OSError(f"model {name!r} is a folder without a config.json. {_advice}")
-    return name
+    check_model(name)
+    return _own_models[name]() if name in OWN_MODELS else name
 
 
 _own_models = {"minilm": demo_model, "gemma-270m": gemma_model}
-_advice = "Pass the path of a local model (saved by save_pretrained), or connect once"
-
-
-def _check_hub(name: str) -> None:
-    "Ask the cache, then the hub, for a model's configuration. Raises OSError if neither has it."
-    try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            _soon(lambda: model_info(name))
-    except Exception as error:  # noqa: BLE001, the hub client's errors are those of its HTTP library
-        missing = f"model {name!r} is no folder, not in the cache, and not to be had"
-        raise OSError(f"{missing}: {first_line(error)}. {_advice}") from error
-
-
-def no_dataset(name: str) -> str:
-    "Why a dataset cannot be fetched from the hub now; empty if it can."
-    try:
-        _soon(lambda: dataset_info(name))
-    except Exception as error:  # noqa: BLE001, as above
-        return first_line(error)
-    return ""
-
-
-def first_line(error: Exception) -> str:
-    "The first line of what an error says, or its kind if it says nothing."
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-_Answer = TypeVar("_Answer")
-
-
-def _soon(ask: Callable[[], _Answer]) -> _Answer:
-    "The answer to a question to the hub. Raises TimeoutError if there is none after $HF_HUB_ETAG_TIMEOUT seconds, 5 if not set."
-    seconds, answer = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "5")), Future[_Answer]()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except Exception as error:  # noqa: BLE001, raised again where it is waited for
-            answer.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    try:
-        return answer.result(seconds)
-    except TimeoutError:
-        raise TimeoutError(f"the hub did not answer within {seconds:g} s") from None
 
 
 def _remembered(name: str) -> str:

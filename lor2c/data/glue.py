@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict
 from huggingface_hub import snapshot_download
 
-from .base import first_line, no_dataset
 from .classification import CLASSIFICATION
+from .hub import first_line, no_dataset
+from .rows import read_parquet
 from .task import Recipe, Task
 
 # %% ../../nbs/api/data/04_glue.ipynb #e81880b9
@@ -80,10 +80,7 @@ def _read_split(
     task: Task,  # what the rows must fit
 ) -> Dataset:
     "The rows in `files`. Raises ValueError unless they are rows of `task`."
-    try:
-        data = Dataset(pq.read_table(files, partitioning=None))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{files[0]} cannot be read as parquet, copy it again: {error}") from error
+    data = read_parquet(files)
     _check_rows(data, task, files[0])
     return data
 

@@ -49,14 +49,14 @@ def _defect(column: str, label: str) -> Callable[[dict[str, Any]], str | None]:
     return look
 
 
-def _source(name: str, hub: str, column: str, label: str, scored: str) -> Source:
+def _source(name: str, hub: str | None, column: str, label: str, scored: str) -> Source:
     return Source(name, hub, (column, label), scored, defect=_defect(column, label))
 
 
 SOURCES = {
     "cifar100": _source("cifar100", "uoft-cs/cifar100", "img", "fine_label", "test"),
     "food101": _source("food101", "ethz/food101", "image", "label", "validation"),
-    "pictures": _source("pictures", "nobody/pictures", "image", "label", "validation"),
+    "pictures": _source("pictures", None, "image", "label", "validation"),
 }
 
 

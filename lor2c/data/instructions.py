@@ -23,7 +23,8 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .base import QUANTIZE, Precision, first_line, load_decoder, no_dataset
+from .base import QUANTIZE, Precision, load_decoder
+from .hub import first_line, no_dataset
 from .prompts import IGNORED, TEMPLATES, encode, held_out_loss, loss_and_tokens, make_prompt
 from .task import Asked, Kind, Recipe, Task, describe_left_out
 from ..maths.checks import one_of

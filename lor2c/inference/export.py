@@ -29,19 +29,15 @@ from .generate import base_of, find_adapter, is_adapter, put_on, recorded
 from .remote_code import classes_of, code_for
 from ..maths.checks import one_of
 from ..maths.layout import Span
-from ..maths.units import in_units
 from ..tuners.injection import injected
-from ..tuners.residual import pairs_of, scaling_of, units_of, whole_tensor
+from ..tuners.residual import pairs_of
 from ..tuners.stack import find_layers
+from ..tuners.units import plain_pairs
 
 # %% ../../nbs/api/inference/08_export.ipynb #cde9af28
 def _pairs(base: nn.Module, name: str) -> dict[Span, tuple[Tensor, Tensor]]:
-    "Span -> down (r, d) and up (d, r) of a residual, with its units and scaling in them; a shared A is copied."
-    units, pairs = units_of(base, name), {}
-    for span, (A, B) in pairs_of(base, name).items():
-        down, up = in_units(whole_tensor(A), whole_tensor(B), units.get(span))
-        pairs[span] = down.clone(), up * scaling_of(base, name)
-    return pairs
+    "Span -> down (r, d) and up (d, r) of a residual. A shared A is copied, since a file can't share it."
+    return {span: (A.clone(), B) for span, (A, B) in plain_pairs(base, name).items()}
 
 # %% ../../nbs/api/inference/08_export.ipynb #b6bcf100
 @torch.no_grad()

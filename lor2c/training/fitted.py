@@ -18,12 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ..maths.layout import Span
 from ..maths.regression import Fit, effects, fisher_metric, fit_pair
 from ..maths.units import in_units, rms
-from .scores import plain_pairs
 from .wrappers import tuner_of
 from ..tuners.residual import hidden_states, pairs_of, residuals, scaling_of, stream_of, units_of
 from ..tuners.stack import Layers
 from ..tuners.switches import in_eval_mode
-from ..tuners.units import like, masks_of, real_tokens
+from ..tuners.units import like, masks_of, plain_pairs, real_tokens
 
 # %% ../../nbs/api/training/04_fitted.ipynb #b167a89d
 class _Calls:

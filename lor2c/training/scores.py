@@ -16,23 +16,12 @@ from torch.nn.functional import pad
 from ..maths.lowrank import singular_values
 from ..maths.sfs import DIVERGED
 from ..maths.sfs import score as score_of
-from ..maths.layout import Span
-from ..maths.units import in_units
 from .wrappers import tuner_of
 from ..tuners.lor2c import LoR2CModel
-from ..tuners.residual import pairs_of, scaling_of, units_of, whole_tensor
+from ..tuners.residual import pairs_of, whole_tensor
 from ..tuners.structure import layout_of
 from ..tuners.switches import active_adapter
-
-# %% ../../nbs/api/training/01_scores.ipynb #07fdc026
-def plain_pairs(model: nn.Module, name: str) -> dict[Span, tuple[Tensor, Tensor]]:
-    "Find A (r, d) and scaling * B (d, r) of every residual of an adapter by span, whole, with units folded in."
-    whole = {span: [whole_tensor(p) for p in pair] for span, pair in pairs_of(model, name).items()}
-    if not whole:
-        return {}
-    units, scaling = units_of(model, name), scaling_of(model, name)
-    plain = {span: in_units(A, B, units.get(span)) for span, (A, B) in whole.items()}
-    return {span: (A, scaling * B) for span, (A, B) in plain.items()}
+from ..tuners.units import plain_pairs
 
 # %% ../../nbs/api/training/01_scores.ipynb #436e8ee1
 def spectra(

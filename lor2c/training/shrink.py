@@ -16,10 +16,10 @@ from ..maths.layout import Span
 from ..maths.regression import effects, fisher_metric, turn_pair
 from .distributed import agreed
 from .fitted import see, write_pair
-from .scores import plain_pairs
 from .surgery import Change, operate
 from .wrappers import tuner_of
 from ..tuners.structure import size
+from ..tuners.units import plain_pairs
 
 # %% ../../nbs/api/training/06_shrink.ipynb #85a31df0
 def shrink(

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..maths.units import square_sums, units
-from .residual import LoR2CLayer, hidden_states, residuals, stream_of, whole_tensor
+from ..maths.layout import Span
+from ..maths.units import in_units, square_sums, units
+from .residual import LoR2CLayer, hidden_states, pairs_of, residuals
+from .residual import scaling_of, stream_of, units_of, whole_tensor
 from .stack import Layers
 from .switches import active_adapter, in_eval_mode
 
@@ -179,6 +181,16 @@ def calibrate(
     if not places:
         raise ValueError(f"adapter {name!r} has no units to measure: make it with LoR2CConfig(units='stream')")
     _measure(model, places, name, ((batch, partial(model, **batch)) for batch in on))
+
+# %% ../../nbs/api/tuners/08_units.ipynb #07fdc026
+def plain_pairs(model: nn.Module, name: str) -> dict[Span, tuple[Tensor, Tensor]]:
+    "Find A (r, d) and scaling * B (d, r) of every residual of an adapter by span, whole, with units folded in."
+    whole = {span: [whole_tensor(p) for p in pair] for span, pair in pairs_of(model, name).items()}
+    if not whole:
+        return {}
+    units, scaling = units_of(model, name), scaling_of(model, name)
+    plain = {span: in_units(A, B, units.get(span)) for span, (A, B) in whole.items()}
+    return {span: (A, scaling * B) for span, (A, B) in plain.items()}
 
 # %% ../../nbs/api/tuners/08_units.ipynb #6d2468b9
 class _FirstForward:

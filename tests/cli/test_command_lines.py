@@ -106,6 +106,7 @@ def given_arguments(tmp_path_factory) -> dict[str, dict[str, str]]:
         "alpaca": {**run, "model": "gemma-270m", "data_dir": str(place / "rows.json")},
         "compare": {"tasks": "rte", "methods": "lora,lor2c", **run},
         "sweep": {"task": "rte", **run},
+        "paper": {"experiment": "lor2c-table1", "tasks": "rte", "size": "cpu", **run},
         "generate": {"adapter_dir": str(place / "model"), "prompt": "?"},
         "export": {"adapter_dir": str(place / "model"), "to": "new"},
         "inspect": {"adapter_dir": str(place / "model")},

@@ -43,6 +43,32 @@ def test_a_file_is_the_flags(run_of, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+REQUIRED = {  # what a command cannot do without
+    "glue": "--task rte --model minilm --output-dir new",
+    "squad": "--model minilm --output-dir new",
+    "reason": "--task gsm8k --model gemma-270m --output-dir new",
+    "images": "--task pictures --model vit --output-dir new",
+    "alpaca": "--model gemma-270m --output-dir new",
+    "compare": "--tasks rte --methods lora --output-dir new",
+    "sweep": "--task rte --model minilm --output-dir new",
+    "paper": "lor2c-table1 --row LoRA --row LoR2C",
+    "generate": "adapter --prompt Why?",
+    "eval": "adapter --tasks mmlu",
+    "shrink": "run --output-dir new",
+    "export": "adapter --to new",
+    "inspect": "adapter",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_command_saves_it_reads(command, tmp_path):
+    """Saved, read back and saved again, a settings file says the same."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    main([command, *REQUIRED.get(command, "").split(), "--save-config", str(first)])
+    main([command, "--config", str(first), "--save-config", str(second)])
+    assert yaml.safe_load(first.read_text()) == yaml.safe_load(second.read_text())
+
+
 def test_a_folder_repeats_its_run(run_of, tmp_path, monkeypatch):
     monkeypatch.setattr("lor2c.cli.train.run_one", lambda job: None)
     made = []

@@ -114,7 +114,7 @@ def test_settings_that_do_not_fit_are_refused(capsys, data, model, tmp_path):
         "--methods",
         "lora:held_out=3",
         "--model",
-        "m",
+        model,
         "--output-dir",
         tmp_path / "c",
     )

@@ -147,6 +147,31 @@ def test_trls_reference_is_the_trained_adapter(kind, tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["KTO", "GRPO", "RLOO"])
+def test_other_trainers_take_the_same_reference(name, tmp_path):
+    """Before the first step a policy that equals its reference is no way from it."""
+    trl = pytest.importorskip("trl")
+    tokenizer, rows = words_and_rows()
+    own = dict(
+        KTO=dict(max_length=24), **dict.fromkeys(["GRPO", "RLOO"], dict(num_generations=2, max_completion_length=4))
+    )[name]
+    how = dict(max_steps=1, per_device_train_batch_size=4, report_to=[], use_cpu=True, logging_steps=1, beta=0.1)
+    args = getattr(trl, f"{name}Config")(tmp_path, **how, **own)
+    if name == "KTO":
+        columns, extra = dict(completion=rows["text"], label=[True, False] * 8), {}
+    else:
+        columns, extra = {}, dict(reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions])
+    data = Dataset.from_dict(dict(prompt=["w1 w2"] * 16, **columns))
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=trained("injected"), args=args, processing_class=tokenizer, train_dataset=data, **extra
+    )
+    reference = {n.replace(".ref.", ".default."): p for n, p in trainer.model.named_parameters() if ".ref." in n}
+    assert reference and any(p.any() for n, p in reference.items() if "B" in n)
+    assert all(torch.equal(trainer.model.get_parameter(n), p) for n, p in reference.items())
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["SFT", "Reward", "KTO"])
 @pytest.mark.parametrize("method", ["LoR2C", "ResLoRA"])
 def test_trl_makes_the_adapter_itself(method, name, tmp_path):
