@@ -10,7 +10,7 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("demo", "gemma", "eval", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("demo", "gemma", "eval", "onnx", "openvino", "dev")}
 extras["dev"] = sum(extras.values(), [])  # the tests run everything
 site = cfg["doc_host"] + cfg["doc_baseurl"]
 

@@ -1,6 +1,6 @@
-"""PEFT's own table of methods (MetaMathQA, Llama-3.2-3B) with LoR2C, IMLoR2C and ResLoRA in it, and a small one that runs anywhere.
+"""PEFT's table of methods (MetaMathQA, Llama-3.2-3B) with LoR2C, IMLoR2C and ResLoRA in it, and a small one for any machine.
 
-With a checkout of PEFT, which stays as it is, and a GPU of 24 GiB. Models and data come from the hub:
+With a checkout of PEFT, which stays as it is, Python 3.12 and a GPU of 24 GiB. Models and data come from the hub:
 
     git clone https://github.com/huggingface/peft && pip install bitsandbytes tqdm
     python benchmarks/method_comparison.py write runs/peft

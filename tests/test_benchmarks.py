@@ -25,3 +25,15 @@ def test_it_says_what_a_section_needs(tmp_path):
     for words, what in ((["--sections", "speed"], "no section 'speed'"), (["--sections", "glue"], "--glue-dir")):
         done = subprocess.run([sys.executable, GPU, *words], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and what in done.stderr
+
+
+def test_the_growth_of_cost(tmp_path):
+    """Each size and a group of two processes leave a record, with every time and the bytes of the gradients."""
+    file = tmp_path / "growth.jsonl"
+    done = subprocess.run(
+        [sys.executable, GPU.with_name("growth.py"), "--tiny", "--output", file], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    *sizes, group = read_jsonl(file)
+    assert [r["name"] for r in sizes] == ["depth-6", "width-128", "rank-2"] and all(len(r["times"]) == 7 for r in sizes)
+    assert group["sent"] == 4 * 2 * group["rank"] * group["width"] * group["depth"]

@@ -1,4 +1,4 @@
-"""PEFT's method comparison with our methods: what PEFT reads, what is driven from outside, and the small table at its smallest."""
+"""PEFT's method comparison with our methods: what PEFT reads, what we drive from outside, and the small table."""
 
 import json
 import sys
@@ -125,7 +125,8 @@ def test_an_experiment_is_started_beside_a_checkout(written, tmp_path, monkeypat
 
 def test_the_small_table(tmp_path):
     """A record with all the suite's measures, from a fresh process."""
-    rows = [{"Body": f"Ann had {n}", "Question": "One more?", "Equation": f"( {n}.0 + 1.0 )", "Answer": f"{n + 1}.0"} for n in range(8)]
+    asked = {"Body": "Ann had 3", "Question": "One more?"}
+    rows = [asked | {"Equation": f"( {n}.0 + 1.0 )", "Answer": f"{n + 1}.0"} for n in range(8)]
     (tmp_path / "svamp").mkdir()
     for split in ("train", "test"):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"svamp/{split}.parquet")

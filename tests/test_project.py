@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from itertools import chain
@@ -476,6 +477,28 @@ def read(installed: Path) -> list[str]:
 
 def test_library_needs_no_notebook_tools(installed: Path, read: list[str]) -> None:
     assert read[0] == str(installed / "lor2c/__init__.py")
+
+
+TAKEN = """
+import sys, nbformat, nbclient
+nb = nbformat.read("demo.ipynb", as_version=4)
+left_out = "eval: false", "losses[-1] < losses[0]"  # one epoch has no second loss; the page's own test has six
+nb.cells = [cell for cell in nb.cells if not any(part in cell.source for part in left_out)]
+for cell in nb.cells:
+    cell.source = cell.source.replace("num_train_epochs=6", "num_train_epochs=1")
+nb.cells.append(nbformat.v4.new_code_cell("import lor2c; print(lor2c.__file__)"))
+nbclient.NotebookClient(nb, timeout=None, kernel_name="python3").execute()
+print(*(out.text for cell in nb.cells if cell.cell_type == "code" for out in cell.outputs if out.get("name") == "stdout"))
+"""
+
+
+def test_a_tutorial_is_taken_along(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook alone in a folder, with the wheel: no file of the repository is in sight."""
+    shutil.copy(ROOT / "nbs/tutorials/demo.ipynb", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(installed))
+    told = run("python", "-c", TAKEN, cwd=tmp_path)
+    assert told.strip().endswith(str(installed / "lor2c/__init__.py"))
+    assert "accuracy on 100 other snippets: " in told and told.count("without the repository") == 1
 
 
 def test_help_tells_what_a_user_needs(read: list[str]) -> None:

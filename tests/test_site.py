@@ -310,6 +310,17 @@ def test_internal_names_are_shown_without_an_entry(site: Path, pages: dict[Path,
     assert wrong == []
 
 
+def test_signatures_keep_their_types(site: Path) -> None:
+    """`decisions: list[Due]` is no `list`, and a choice shows what there is to choose."""
+    pages = [html.unescape(re.sub("<[^>]+>", "", p.read_text("utf-8"))) for p in (site / "api").rglob("*.html")]
+    # the source below has a space between a name and its type
+    shown = [entry for page in pages for entry in re.findall(r"^def \w+\(\n(?: {4}\w+:\S.*\n)+\).*", page, re.M)]
+    bare = r"(?:\b\w+:|->)(?:dict|list|tuple|Callable|Iterable|Literal|Mapping|Sequence)\b(?!\[).*"
+    assert len(shown) > 100 and [line for entry in shown for line in re.findall(bare, entry)] == []
+    signatures = "\n".join(shown)
+    assert "keep:Literal['more_information', 'first', 'second', 'fitted']=" in signatures and "collections.abc" not in signatures
+
+
 def test_imports_are_folded(site: Path) -> None:
     """A page begins with its point; who needs the imports opens them."""
     folded = [p for p in site.rglob("*.html") if re.search(r"<summary>Imports</summary>", p.read_text("utf-8"))]
@@ -483,6 +494,8 @@ def test_home_and_its_menu(browser: Chrome, address: str) -> None:
     entries = browser.find_elements(By.CSS_SELECTOR, "#navbarCollapse .navbar-nav.me-auto a.nav-link")
     names = "Home", "Methods", "Tutorials", "How-to", "Explanations", "Coming from PEFT", "API", "Results"
     assert tuple(a.text for a in entries) == names
+    name, first = browser.find_element(By.CSS_SELECTOR, ".navbar-title"), browser.find_element(By.CSS_SELECTOR, ".nav-link")
+    assert name.rect["x"] + name.rect["width"] < first.rect["x"]  # they don't lie on one another
 
 
 def test_the_menus_open_on_a_phone(browser: Chrome, address: str) -> None:

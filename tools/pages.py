@@ -21,6 +21,7 @@ COLAB = """::: {{.colab}}
 [Open in Colab](https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/{path})
 :::"""
 CODE_OR_LINK = re.compile(r"(^```.*?^```$|!?\[[^\]\n]*\]\([^)\n]*\))", re.M | re.S)
+MODULES = re.compile(r"('[^']*')|~|\b(?:\w+\.)+(?=\w)")  # in an annotation, not in its strings
 CODE_OR_SIGN = re.compile(r"((`+).*?\2)|([*_^~$<\\\[\]]|--)", re.S)
 
 
@@ -37,6 +38,8 @@ class Renderer(BasicMarkdownRenderer):
         self.fn = self.nm  # nbdev finds a source line by the bare name only
         for f in own:
             self.dm.dm[f.name].docment = f.metadata.get("help") or self.dm.dm[f.name].docment
+        for told in self.dm.dm.values():
+            told.anno = brief(told.anno)
         self.docs = sections(self.docs or "")
 
 
@@ -66,7 +69,14 @@ def parameter(f: Field) -> Parameter:
     """A dataclass's field as a parameter of its signature."""
     default = f.default if f.default_factory is MISSING else f.default_factory()
     default = Parameter.empty if default is MISSING else default
-    return Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=formatannotation(f.type))
+    return Parameter(f.name, Parameter.KEYWORD_ONLY, default=default, annotation=brief(f.type))
+
+
+def brief(annotation: object) -> object:
+    """An annotation as we write it: with what stands in its brackets, which nbdev drops, and without names of modules."""
+    if annotation is Parameter.empty or isinstance(annotation, str):
+        return annotation
+    return MODULES.sub(lambda m: m[1] or "", formatannotation(annotation))
 
 
 get_config()["renderer"] = "pages.Renderer"  # nbdev imports it by this name

@@ -16,9 +16,8 @@ from .endings import stop
 from .flags import add_trust, add_tuned, tuned_of
 from ..disk.files import write_json
 from ..inference.evaluate import BENCHMARKS, check_tasks, evaluate, markdown
-from ..inference.export import FORMATS, check_new, export, load_to_export
+from ..inference.export import FORMATS, check_format, check_new, export, load_to_export
 from ..inference.generate import check_how, generate, load_tuned, stream, template_of
-from ..maths.checks import one_of
 
 # %% ../../nbs/api/cli/06_inference.ipynb #9a8d75b4
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -105,8 +104,8 @@ def run_eval(args: argparse.Namespace) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     "The arguments of `lor2c export`."
     parser.description = (
-        "Write base and adapter as one folder that transformers, and servers built on it, load without lor2c; or an adapter "
-        "that is nothing but LoRA as PEFT's."
+        "Write base and adapter as one folder that transformers, and servers built on it, load without lor2c; an adapter that "
+        "is nothing but LoRA as PEFT's; or an encoder, or a decoder without cache, as a graph for ONNX Runtime or OpenVINO."
     )
     parser.add_argument("adapter_dir", metavar="ADAPTER_DIR", help="an adapter's folder, or that of a run")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="a new folder")
@@ -118,7 +117,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> None:
     "Write the folder, and say what is in it."
     try:
-        one_of("format", args.format, FORMATS)
+        check_format(args.format)
         check_new(Path(args.to))
         model, tokenizer = load_to_export(args.adapter_dir, args.model, args.trust_remote_code)
         export(model, args.to, tokenizer, args.format)

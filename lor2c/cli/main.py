@@ -30,6 +30,7 @@ COMMANDS = {  # name: its module, what it does
     "alpaca": ("train", "tune a decoder on instructions"),
     "compare": ("many", "methods side by side, over tasks and seeds"),
     "sweep": ("many", "try limits of merges and injections on a GLUE task"),
+    "paper": ("paper", "rows of the papers' tables and figures"),
     "generate": ("inference", "let a tuned decoder answer"),
     "eval": ("inference", "score a tuned decoder on benchmarks"),
     "shrink": ("shrink", "fewer numbers in a trained adapter"),
@@ -80,7 +81,7 @@ def main(
     except OSError as error:
         stop(error, code=1)
     except KeyboardInterrupt:
-        again = dict.fromkeys(("demo", "compare", "sweep"), "; the same command goes on")
+        again = dict.fromkeys(("demo", "compare", "sweep", "paper"), "; the same command goes on")
         again |= dict.fromkeys(("glue", "squad", "reason", "images", "alpaca"), "; the same command with --resume goes on")
         print(f"\nlor2c: interrupted{again.get(args.command, '')}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -88,7 +88,7 @@ def run_sweep(args: argparse.Namespace) -> None:
         [place] = best_places(comparison).values()
         return f"best of {len(comparison.records)}: {place}  {describe_run(comparison.records[place])}"
 
-    _run_many(args, ready, best)
+    run_many(args, ready, best)
 
 # %% ../../nbs/api/cli/05_many.ipynb #5515fd6e
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -119,10 +119,10 @@ def run_compare(args: argparse.Namespace) -> None:
         seeds = counts(args.seeds, "seeds")
         return prepare_comparison(tasks, methods, seeds, args.model, args.output_dir, **changes_of(args))
 
-    _run_many(args, ready, lambda comparison: (comparison.folder / "table.md").read_text(encoding="utf-8"))
+    run_many(args, ready, lambda comparison: (comparison.folder / "table.md").read_text(encoding="utf-8"))
 
 
-def _run_many(args: argparse.Namespace, ready: Callable[[], Comparison], last: Callable[[Comparison], str]) -> None:
+def run_many(args: argparse.Namespace, ready: Callable[[], Comparison], last: Callable[[Comparison], str]) -> None:
     "Prepare and train, then print a summary of the results so far, and name the picture."
     try:
         check_whole("jobs", args.jobs)

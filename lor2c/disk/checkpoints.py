@@ -69,11 +69,19 @@ def _defects(checkpoint: Path, processes: int, seen: set[str]) -> Iterator[str]:
         with safe_open(file, "pt"):
             check_weights(file)
     numbers = [f"rng_state_{i}.pth" for i in range(processes)] if processes > 1 else ["rng_state*.pth"]
-    for name in ("optimizer.pt", "scheduler.pt", *numbers):
+    for name in (*_of_optimizer(checkpoint, processes), "scheduler.pt", *numbers):
         file = next(checkpoint.glob(name), checkpoint / name)
         with ZipFile(file) as archive:
-            if file.name not in seen and (record := archive.testzip()):
+            if file.relative_to(checkpoint).as_posix() not in seen and (record := archive.testzip()):
                 yield f"{file.name} is damaged in {record}"
+
+
+def _of_optimizer(checkpoint: Path, processes: int) -> list[str]:
+    "List the files that an optimizer goes on from, as patterns: torch's, FSDP's, or DeepSpeed's of each process."
+    if (latest := checkpoint / "latest").is_file():
+        return [f"{latest.read_text('utf-8').strip()}/*zero_pp_rank_{i}_*optim_states.pt" for i in range(processes)]
+    fsdp = ["optimizer.bin", "pytorch_model_fsdp.bin"]
+    return fsdp if (checkpoint / fsdp[1]).is_file() else ["optimizer.pt"]
 
 
 _DIGESTS = "digests.json"

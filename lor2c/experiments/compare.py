@@ -74,11 +74,16 @@ def prepare_comparison(
         place = f"{task}/{text.replace(':', '-').replace('=', '-')}/seed-{seed}"
         comparison.runs[place] = contender_run(task, text, seed, model, comparison.settings)
         comparison.names[place] = text
+    return look_over(comparison)
+
+# %% ../../nbs/api/experiments/03_compare.ipynb #655fb2f7
+def look_over(comparison: Comparison) -> Comparison:
+    "Check that runs differ and can be prepared, and read finished ones. Raises ValueError, OSError or ImportError."
     _check_different(comparison)
     _look(comparison)
     return comparison
 
-# %% ../../nbs/api/experiments/03_compare.ipynb #655fb2f7
+
 def _check_different(comparison: Comparison) -> None:
     "Raise ValueError if two contenders are one, spelled in two ways."
     seen: dict[Run, str] = {}

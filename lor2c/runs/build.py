@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets import DatasetDict
-from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -45,6 +45,10 @@ def adapter_config(
         case "loha" | "lokr":
             config = LoHaConfig if run.method == "loha" else LoKrConfig
             return config(**common, r=run.rank, alpha=run.alpha)  # type: ignore[arg-type]  # PEFT divides it by r
+        case "miss":
+            return MissConfig(**common, r=run.rank, miss_dropout=run.dropout)
+        case "ia3":
+            return IA3Config(**common)
         case "reslora-is" | "reslora-bs" | "reslora-ms":
             shortcut, usual = SHORTCUTS[run.method]
             pre_num = usual if run.pre_num is None else run.pre_num

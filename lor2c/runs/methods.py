@@ -23,7 +23,7 @@ SHORTCUTS: dict[str, tuple[Shortcut, int]] = {
 
 # %% ../../nbs/api/runs/00_methods.ipynb #9625dcb5
 _residuals = ("lor2c", "sharelor2c", *CHANGING)
-_peft = ("lora", "rslora", "dora", "pissa", "adalora", "loha", "lokr")
+_peft = ("lora", "rslora", "dora", "pissa", "adalora", "loha", "lokr", "miss", "ia3")
 METHODS = ("head", "full", *_peft, *RM_LORA, *SHORTCUTS, *_residuals)
 
 # %% ../../nbs/api/runs/00_methods.ipynb #d641a85c
@@ -38,8 +38,9 @@ TARGETS: dict[Targets, str] = {
 # %% ../../nbs/api/runs/00_methods.ipynb #070aff12
 _adapters, _with_rm = METHODS[2:], (*SHORTCUTS, *_residuals)
 HAVE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("rank", "alpha"), _adapters),
-    "dropout": tuple(method for method in _adapters if method not in ("loha", "lokr")),
+    "rank": tuple(method for method in _adapters if method != "ia3"),
+    "alpha": tuple(method for method in _adapters if method not in ("ia3", "miss")),
+    "dropout": tuple(method for method in _adapters if method not in ("loha", "lokr", "ia3")),
     "rm": _with_rm,
     "rm_coefficient": ("rlora", "rmlora", *_with_rm),
     **dict.fromkeys(("rm_directions", "rm_mask"), ("gmlora", "rmlora", *_with_rm)),

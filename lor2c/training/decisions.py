@@ -23,9 +23,11 @@ from ..maths.sfs import mean_singular_value, score, top_share
 from .scores import Score
 from .shrink import check_amount
 from .surgery import Keep
+from .wrappers import tuner_of
 from ..tuners.injection import injected
 from ..tuners.lor2c import LoR2CModel
 from ..tuners.residual import pairs_of
+from ..tuners.structure import parameters_of
 
 # %% ../../nbs/api/training/07_decisions.ipynb #d21e404c
 Schedule = Literal["epoch", "fractional"]
@@ -166,6 +168,16 @@ def refuse_others(due: list[Due], history: list[dict[str, Any]]) -> None:
 def _taken(history: list[dict[str, Any]]) -> list[tuple[int, str]]:
     "List step and kind of each decision in a history."
     return [(entry["step"], entry["move"]["kind"]) for entry in history if entry["move"]]
+
+
+def refuse_waiting_gradients(model: nn.Module) -> None:
+    "Raise RuntimeError if an adapter's gradients still wait for the optimizer's step."
+    tuner = tuner_of(model)
+    if any(p.grad is not None and p.grad.any() for p in parameters_of(tuner, tuner.active_adapters[0])):
+        raise RuntimeError(
+            "after_step found gradients that wait for their step: call it after optimizer.step() and zero_grad(), and "
+            "not after a micro-batch, whose gradients are still added up"
+        )
 
 # %% ../../nbs/api/training/07_decisions.ipynb #2d9e1225
 def saved_history(

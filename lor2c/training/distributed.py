@@ -132,12 +132,33 @@ def check_sharding(tuner: LoR2CModel, name: str) -> None:
     Raises TypeError if they are sharded as part of a larger unit, which would keep the old ones, and ValueError if they are
     units but share an A or a model with another adapter.
     """
+    if not is_sharded(tuner):
+        _adopt_units(tuner)
     if is_sharded(tuner):
         _check_units(tuner)
     elif any(isinstance(p, DTensor) for p in parameters_of(tuner, name)):
         raise TypeError(
             "the residuals are sharded inside of their layers' units, so none can come or go: call "
-            "lor2c.training.distributed.shard_residuals(model, mesh=...) before fully_shard on the layers"
+            "lor2c.training.distributed.shard_residuals(model, mesh=...) before fully_shard on the layers, or in a Trainer "
+            "add LoR2CLayer to transformer_layer_cls_to_wrap of its fsdp_config"
+        )
+
+
+def _adopt_units(tuner: LoR2CModel) -> None:
+    "Note how a Trainer has made units of all residuals, so that those that come later are sharded alike."
+    modules: list[Any] = [module for _, module in residuals(tuner)]
+    if modules and all(isinstance(module, FSDPModule) for module in modules):
+        group = modules[0]._get_fsdp_state()._fsdp_param_group
+        how = {"mp_policy": group.mp_policy, "offload_policy": group.offload_policy}
+        tuner.sharding = {"mesh": group.mesh_info.mesh, **how}
+
+
+def refuse_best_model(model: nn.Module, wanted: bool) -> None:
+    "Raise ValueError if a Trainer under FSDP 2 would load its best checkpoint at the end: it can't bring a structure back."
+    if wanted and is_sharded(tuner_of(model)):
+        raise ValueError(
+            "under FSDP 2 a Trainer loads no checkpoint into another structure: leave out load_best_model_at_end, and give "
+            "the best checkpoint to PeftModel.from_pretrained"
         )
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .wrappers import refuse_wrapper
+from .wrappers import refuse_wrapper, zero_of
 from ..tuners.structure import parameters_of
 
 # %% ../../nbs/api/training/02_optimizer.ipynb #ba4d0cbf
 def inner_optimizer(optimizer: Any) -> Optimizer:
-    "Find the torch optimizer inside accelerate's wrapper. Raises TypeError if there is none."
+    "Find the torch optimizer inside accelerate's wrapper or ZeRO's. Raises TypeError if there is none."
     refuse_wrapper(optimizer)
+    optimizer = zero_of(optimizer) or optimizer
     while not isinstance(optimizer, Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     # accelerate's wrapper is itself an Optimizer
@@ -84,7 +85,9 @@ def check_optimizer(optimizer: Any, model: nn.Module, name: str) -> None:
 
 def check_held(optimizer: Any, trained: Collection[nn.Parameter], whose: str, kind: str) -> None:
     "Raise ValueError unless an optimizer holds all of these. `whose` and `kind` are the message's words for them."
-    held = {p for group in inner_optimizer(optimizer).param_groups for p in group["params"]}
+    groups = [group["params"] for group in inner_optimizer(optimizer).param_groups]
+    # ZeRO's torch optimizer has flat copies
+    held = {p for group in getattr(zero_of(optimizer), "bit16_groups", groups) for p in group}
     if lost := sum(p not in held for p in trained):
         raise ValueError(
             f"the optimizer lacks {lost} of {whose} {len(trained)} trained {kind}: it belongs to an earlier "

@@ -22,7 +22,7 @@ from .distributed import agreed, check_sharding, data_parallel, is_sharded, rebu
 from .fitted import fit_merge, write_pair
 from .optimizer import check_optimizer, inner_optimizer, sync_optimizer
 from .scores import Score, scores_of
-from .wrappers import tuner_of
+from .wrappers import DEEPSPEED, tuner_of, under_zero
 from ..tuners.lor2c import LoR2CModel
 from ..tuners.residual import pairs_of
 from ..tuners.structure import by_host, parameters_of, size
@@ -170,7 +170,10 @@ def operate(
 ) -> tuple[int, int]:  # parameters of the adapter, before and after
     "Give an adapter its new layout, and tell everything that holds on to its parameters."
     tuner = tuner_of(model)
-    inner = None if optimizer is None else inner_optimizer(optimizer)
+    zero = under_zero(tuner)
+    if zero and (moved is None or fit is not None):
+        raise TypeError(f"only a merge that keeps a pair works under ZeRO: {DEEPSPEED}")
+    inner = None if optimizer is None or zero else inner_optimizer(optimizer)
     wrappers = data_parallel(model, tuner)
     reshard(model)
     check_sharding(tuner, name)

@@ -25,7 +25,7 @@ def tuner_of(
     for inner, inside in (
         # torch.compile's
         ("_orig_mod", "_orig_mod" in model._modules),
-        ("module", isinstance(model, DistributedDataParallel)),
+        ("module", isinstance(model, DistributedDataParallel) or zero_of(model) is not None),
         ("base_model", isinstance(model, PeftModel)),
     ):
         if inside:
@@ -35,12 +35,13 @@ def tuner_of(
     )
 
 # %% ../../nbs/api/training/00_wrappers.ipynb #f990b82e
-# DeepSpeed by the names of its classes: this refusal was never run with DeepSpeed itself.
+# DeepSpeed by the names of its classes, for it takes seconds to import.
+DEEPSPEED = "DeepSpeed fixes the parameters when it starts; use DistributedDataParallel or FSDP 2 (fully_shard)"
 NOT_HERE = {
     "DataParallel": "nn.DataParallel copies the model at every step; start one process per GPU with torchrun",
     "FullyShardedDataParallel": "FSDP 1 flattens parameters, so none can come or go; use FSDP 2 (fully_shard)",
-    "DeepSpeedEngine": "DeepSpeed fixes the parameters when it starts; use DistributedDataParallel or FSDP 2 (fully_shard)",
-    "DeepSpeedOptimizerWrapper": "DeepSpeed fixes the parameters when it starts; use DistributedDataParallel or FSDP 2 (fully_shard)",
+    "DeepSpeedEngine": f"{DEEPSPEED}; only ZeRO stages 1 and 2 allow merges",
+    "DeepSpeedOptimizerWrapper": f"{DEEPSPEED}; only ZeRO stages 1 and 2 allow merges",
     "ZeroRedundancyOptimizer": "it spreads the parameters over the processes when it starts; use FSDP 2 (fully_shard)",
 }
 
@@ -48,5 +49,19 @@ NOT_HERE = {
 def refuse_wrapper(wrapper: Any) -> None:
     "Raise TypeError if the structure can't change under the wrapper of a model or an optimizer."
     for kind in type(wrapper).__mro__:
-        if kind.__name__ in NOT_HERE:
+        if kind.__name__ in NOT_HERE and zero_of(wrapper) is None:
             raise TypeError(f"the structure cannot change under {kind.__name__}: {NOT_HERE[kind.__name__]}")
+
+
+def zero_of(wrapper: Any) -> Any:
+    "Find the optimizer of ZeRO stage 1 or 2 in DeepSpeed's engine or in accelerate's wrapper. None if there is none."
+    inside = getattr(wrapper, "optimizer", None)
+    return next((one for one in (wrapper, inside) if type(one).__name__ == "DeepSpeedZeroOptimizer"), None)
+
+
+def under_zero(model: nn.Module) -> bool:
+    "Tell by its marks on parameters whether ZeRO stage 1 or 2 has a model, wrapped or not. Raises TypeError for stage 3."
+    marks = {mark for p in model.parameters() for mark in ("ds_id", "_hp_mapping") if hasattr(p, mark)}
+    if "ds_id" in marks:
+        raise TypeError(f"the structure cannot change under ZeRO stage 3: {NOT_HERE['DeepSpeedEngine']}")
+    return bool(marks)

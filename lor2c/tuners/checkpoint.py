@@ -9,6 +9,8 @@ __all__ = []
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from ..disk.tensors import injections_by_module, layout_told, tensors_by_layer
@@ -77,3 +79,33 @@ def _check_match(quantity: str, saved: object, ours: object) -> None:
     "Compare a checkpoint with the model. Raises ValueError if they differ."
     if saved != ours:
         raise ValueError(f"the adapter does not fit: it has {quantity} {saved!r}, this model has {ours!r}")
+
+# %% ../../nbs/api/tuners/07_checkpoint.ipynb #bd82add7
+def exchange(model: Any, tensors: dict[str, Tensor], name: str) -> None:
+    """Give adapter `name` the tensors of another one, named as `hotswap_adapter` names them.
+
+    Raises ValueError, changing nothing, if it has another structure.
+    """
+    # what torch.compile has wrapped
+    model = getattr(model, "_orig_mod", model)
+    new = {_without(name, key): tensor for key, tensor in tensors.items()}
+    now = get_peft_model_state_dict(model, adapter_name=name)
+    if differs := min((key for key in now.keys() | new.keys() if not _alike(key, now.get(key), new.get(key))), default=None):
+        why = f"they differ in {differs}. Load it beside the other with load_adapter(...), then set_adapter(...)"
+        raise ValueError(f"adapter {name!r} can only be swapped for one of the same structure: {why}")
+    set_peft_model_state_dict(model, new, name)
+
+
+def _without(name: str, key: str) -> str:
+    "Take an adapter's name out of the name of one of its tensors, where PEFT has put it."
+    head, prefix, tail = key.rpartition("lor2c_")
+    return head + prefix + tail.replace(f".{name}", "", 1) if prefix else key
+
+
+def _alike(key: str, now: Tensor | None, new: Tensor | None) -> bool:
+    "Tell whether one tensor can take the place of another: marks of the structure have to be equal, others of one shape."
+    if key.endswith("lor2c_measured"):  # units, which a pair that is not trained any more has folded in
+        return True
+    if now is None or new is None or now.shape != new.shape:
+        return False
+    return not key.endswith(("lor2c_span", "lor2c_injected")) or torch.equal(now.cpu(), new.cpu())

@@ -39,11 +39,11 @@ try:  # some of these are for other modules to import from here
     from peft.tuners.lora import LoraLayer, LoraModel  # noqa: F401
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists  # noqa: F401
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers as include_all_linear  # noqa: F401
-    from peft.utils import save_and_load
+    from peft.utils import hotswap, save_and_load
     from peft.utils.constants import DUMMY_TARGET_MODULES  # noqa: F401
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as LORA_TARGETS  # noqa: F401
     from peft.utils.integrations import dequantize_module_weight  # noqa: F401
-    from peft.utils.other import get_quantization_config  # noqa: F401
+    from peft.utils.other import AuxiliaryTrainingWrapper, get_quantization_config  # noqa: F401
     from peft.utils.peft_types import PeftType, register_peft_method
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError as error:
@@ -56,6 +56,8 @@ def _check_installed() -> None:
         raise _unsupported("PEFT's hook for reading a checkpoint's structure")
     if "__call__" in vars(GradientCheckpointingLayer):
         raise _unsupported("layers whose hooks run outside of activation checkpointing")
+    if not (hasattr(hotswap, "hotswap_adapter_from_state_dict") and hasattr(hotswap, "CONFIG_KEYS_TO_CHECK")):
+        raise _unsupported("PEFT's swapping of an adapter's tensors in one place")
     if not (hasattr(save_and_load, "safe_load_file") and "from_json_file" in vars(PeftConfigMixin)):
         raise _unsupported("PEFT's reading of an adapter's files in one place")
 
@@ -89,6 +91,25 @@ def register(
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
         mapping.pop(kind, None)
     register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
+
+# %% ../../nbs/api/tuners/00_compat.ipynb #9689f476
+def swap_by(
+    name: str,  # lower case, e.g. "lor2c"
+    exchange: Callable[[Any, dict[str, torch.Tensor], str], None],  # model, new tensors, name of the adapter
+    settings: list[str],  # in which both adapters have to agree
+) -> None:
+    "Let PEFT's `hotswap_adapter` exchange adapters of a method. A new call replaces the one before."
+    kind, module = add_peft_type(name.upper()), hotswap
+    module.CONFIG_KEYS_TO_CHECK[kind] = settings
+    swap = inspect.unwrap(module.hotswap_adapter_from_state_dict)
+
+    @functools.wraps(swap)
+    def swapped(model: Any, state_dict: dict[str, torch.Tensor], adapter_name: str, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config.peft_type == kind:
+            return exchange(model, state_dict, adapter_name)
+        return swap(model, state_dict, adapter_name, config, *args, **kwargs)
+
+    module.hotswap_adapter_from_state_dict = swapped
 
 # %% ../../nbs/api/tuners/00_compat.ipynb #fda2a3fa
 def check_before_load(

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..disk.tensors import folded, split_units, unfolded
 from ..maths.layout import Injection, Layout, Span
-from .checkpoint import layout_in
-from .compat import BaseTuner, LoraLayer, register
+from .checkpoint import exchange, layout_in
+from .compat import BaseTuner, LoraLayer, register, swap_by
 from .config import LoR2CConfig
 from .injection import add_lora, keep_loaded_type, remove_lora
 from .residual import CANNOT_FOLD, LoR2CLayer, remove_unused, residuals, units_of
@@ -24,7 +24,7 @@ from .share import tie
 from .stack import find_layers, first_floating, stream_width, warn_of_frozen_head
 from .structure import add_residual, check_fit, layout_of, set_layout
 from .units import measure_next
-from .switches import active_adapter, switch, switches
+from .switches import active_adapter, by_row, switch, switches
 
 # %% ../../nbs/api/tuners/10_lor2c.ipynb #545b87d1
 class _Saved(BaseTuner):
@@ -157,9 +157,8 @@ class LoR2CModel(_Saved):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:  # PEFT would run all rows with the active adapter
-            raise ValueError("adapter_names is not possible with LoR2C: run one adapter at a time, set_adapter(...)")
-        yield
+        with by_row(self, kwargs.get("adapter_names"), kwargs):
+            yield
 
     # PEFT says None and returns the model
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
@@ -196,3 +195,4 @@ def _take_units(tuner: LoR2CModel, name: str) -> None:
 
 # %% ../../nbs/api/tuners/10_lor2c.ipynb #410cccf2
 register("lor2c", LoR2CConfig, LoR2CModel)
+swap_by("lor2c", exchange, ["r", "alpha", "units", "share", "layers", "inject_targets"])

@@ -7,9 +7,9 @@ __all__ = ['LoR2CLayer', 'residuals', 'pairs_of']
 
 # %% ../../nbs/api/tuners/03_residual.ipynb #08b7803b
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,29 @@ def _check_stream(
             f"(..., {d}). Name layers that keep the stream's shape, LoR2CConfig(layers=...), or leave some out, spans=[...]"
         )
 
+# %% ../../nbs/api/tuners/03_residual.ipynb #dc2eb8e6
+class Rows(NamedTuple):
+    "Which adapter each row of a batch gets, and how many rows `generate` may make of one."
+
+    names: Sequence[str]
+    copies: int = 1
+
+    def over(self, count: int) -> list[str]:
+        "Name the adapter of each of `count` rows. Raises ValueError if there are more names or fewer."
+        if count not in (len(self.names), self.copies * len(self.names)):
+            raise ValueError(f"adapter_names has {len(self.names)} names for a batch of {count} rows: name one for each row")
+        return [name for name in self.names for _ in range(count // len(self.names))]
+
+    def of(self, name: str, h: Tensor) -> Tensor:  # (n,)
+        "Find the rows of h, (batch, ...), that adapter `name` gets. Raises ValueError as `over` does."
+        return torch.tensor([i for i, one in enumerate(self.over(len(h))) if one == name], device=h.device)
+
 # %% ../../nbs/api/tuners/03_residual.ipynb #375d239d
 class Held(threading.local):
     "Tensors that layers keep for later ones during a forward. Each thread sees its own, copies and pickles have none."
+
+    # in a mixed batch, which adapter each row gets
+    rows: Rows | None = None
 
     def __init__(self) -> None:
         self.tensors: dict[int, Tensor] = {}
@@ -151,7 +171,8 @@ class LoR2CLayer(_Unfoldable, nn.Module, BaseTunerLayer):
 
     def current(self) -> list[str]:
         "List the adapters whose residuals take part in a forward."
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.start]
+        chosen = self.active_adapters if self._held.rows is None else dict.fromkeys(self._held.rows.names)
+        return [] if self.disable_adapters else [name for name in chosen if name in self.start]
 
     def hold(self, start: int, x: Tensor) -> None:
         "Keep the input of layer `start`, (batch, seq, d), until this layer has run."
@@ -168,6 +189,9 @@ class LoR2CLayer(_Unfoldable, nn.Module, BaseTunerLayer):
             source = source.to(h.device)
             if recompute:
                 h = h + checkpoint(self._read, name, source, delta, use_reentrant=False).to(h.dtype)
+            elif (rows := self._held.rows) is not None:
+                at = rows.of(name, h)
+                h = h.index_copy(0, at, self._read(name, source[at], partial(add_delta, h[at])))
             else:
                 h = self._read(name, source, partial(add_delta, h))
         return h

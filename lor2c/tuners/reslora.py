@@ -22,7 +22,7 @@ from .config import ResLoRAConfig
 from .fold import Folded, fold
 from .injection import is_linear, keep_loaded_type, out_features, with_lora
 from .stack import layerdrop, named_layers, stacks, warn_of_frozen_head
-from .switches import switch, switches
+from .switches import by_row, switch, switches
 
 # %% ../../nbs/api/tuners/13_reslora.ipynb #cd34a96d
 def _targets_of(
@@ -162,11 +162,10 @@ class ResLoRAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names is not possible with ResLoRA: run one adapter at a time, set_adapter(...)")
         if self.training and not torch.compiler.is_compiling():
             self._refuse_recomputing()
-        yield
+        with by_row(self, kwargs.get("adapter_names"), kwargs):
+            yield
 
     def _refuse_recomputing(self) -> None:
         configs = [self.peft_config[name] for name in self.active_adapters]

@@ -63,6 +63,33 @@ def test_a_flipped_bit_is_passed_over_with_a_line(plain, tmp_path, name):
     assert last_complete_checkpoint(tmp_path / "run") == second
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+        ["optimizer.bin", "pytorch_model_fsdp.bin"],
+    ],
+)
+def test_what_deepspeed_and_fsdp_save_is_read_as_well(plain, tmp_path, names):
+    """Their optimizers are in files of other names: whole, one bit flipped, and gone."""
+    shutil.copytree(plain, tmp_path / "run")
+    newest = tmp_path / "run/checkpoint-2"
+    (newest / "global_step2").mkdir()
+    for name in names:
+        shutil.copy(newest / "optimizer.pt", newest / name)
+    if "global_step2" in names[0]:
+        (newest / "latest").write_text("global_step2")
+    (newest / "optimizer.pt").unlink()
+    assert last_complete_checkpoint(tmp_path / "run") == newest
+    for name in names:
+        flip(newest / name, records(newest / name)[0])
+        assert "is damaged in" in defect(newest)
+        flip(newest / name, records(newest / name)[0])
+    (newest / names[0]).unlink()
+    with pytest.warns(UserWarning, match="^checkpoint-2 is passed over: .*No such file"):
+        assert last_complete_checkpoint(tmp_path / "run").name == "checkpoint-1"
+
+
 def test_digests_see_every_bit_of_every_file(plain, tmp_path):
     shutil.copytree(plain / "checkpoint-2", tmp_path / "checkpoint-2")
     write_digests(tmp_path / "checkpoint-2")

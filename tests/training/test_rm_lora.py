@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import lor2c
 from lor2c.maths.orthogonality import measure_pair, orthogonality, orthogonality_gradient
+from lor2c.training import decisions, masks, wrappers
 from lor2c.training.imlor2c import IMCallback
 from lor2c.training.low_rank_pairs import low_rank_pairs
 from lor2c.training.masks import RMSettings, add_regulariser, draw_directions
@@ -829,3 +830,25 @@ def test_killed_and_resumed_is_the_undisturbed_run(ended):
     assert far(want, got) == 0 and got["history"] == want["history"]
     assert [entry["step"] for entry in got["history"]] == [0, 4, 8, 12, 16]
     assert DECODER["num_hidden_layers"] == 4 == len(want["history"][0]["pairs"])
+
+
+def test_zeros_way_is_the_step_before_the_optimizer():
+    """One gradient at a time, as ZeRO's hooks do it, is what a step does to all of them."""
+    model, settings = lora(), masks.RMSettings(0.1, 2)
+    pairs = low_rank_pairs(model)
+    factors = {f.p for pair in pairs.values() for f in (pair.A, pair.B)}
+    found = {p: masks.work_on_gradient(torch.ones_like(p), p, pairs, settings, 3, 1.0) for p in factors}
+    assert all(p.grad is None for p in factors)
+    for p in factors:
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.SGD(factors)
+    assert wrappers.zero_of(optimizer) is None
+    with pytest.raises(RuntimeError, match="gradients that wait for their step"):
+        residual = get_peft_model(build("Llama"), lor2c.LoR2CConfig(r=4))
+        trained = next(p for p in residual.parameters() if p.requires_grad)
+        trained.grad = torch.ones_like(trained)
+        decisions.refuse_waiting_gradients(residual)
+    masks.regularise_and_mask(model, optimizer, settings, 3)
+    for p in factors:
+        torch.testing.assert_close(found[p], p.grad, rtol=0, atol=0)
+        assert 0 < (found[p] == 0).float().mean() < 1

@@ -256,7 +256,9 @@ def test_a_merge_keeps_the_pair_with_more_information():
     change = merge_modules(model, 1, 2)
     module = layers[2].lor2c
     assert change.kept.split()[0] == ("first" if richer == 1 else "second")
-    assert (module.lor2c_A["default"].weight, module.lor2c_B["default"].weight) == want and module.start == {"default": 1}
+    assert (module.lor2c_A["default"].weight, module.lor2c_B["default"].weight) == want and module.start == {
+        "default": 1
+    }
     assert sorted(scores_of(model)) == [0, 1, 3] and scores_of(model)[1] == pytest.approx(scores[richer])
     states = model(**b, output_hidden_states=True).hidden_states
     with torch.no_grad(), model.disable_adapter():
