@@ -94,6 +94,7 @@ PAGES = (
     *(f"methods/{name}" for name in ("stream_units", "fitted_merges", "shrink")),
     *(f"results/{name}" for name in ("comparison", "figures", "method_comparison", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
+    *(f"tutorials/{name}" for name in ("pictures", "squad")),
 )
 MORE = (
     "tests/test_docs.py::test_plain_nbdev_shows_the_reference",
@@ -128,6 +129,7 @@ MORE = (
     *(f"tests/data/test_drawing.py::test_{name}" for name in ("end_to_end", "interrupted", "parquet")),
     *(f"tests/tuners/test_unet.py::test_{name}" for name in ("life", "checkpointing", "bf16", "folded_by_norms")),
     "tests/disk/test_fuzz.py",
+    *(f"tests/runs/test_methods.py::test_comes_back_as_scored[{name}-" for name in ("adapterdrop", "dylora")),
     "tests/inference/test_export.py::test_round_trips_of_every_stack",
     "tests/experiments/test_papers.py::test_rows_are_run",
     "tests/experiments/test_pool.py",

@@ -1,3 +1,3 @@
-"""LoR2C and ResLoRA as PEFT methods. Importing any module of this folder registers both with PEFT."""
+"""LoR2C and ResLoRA as PEFT methods, and baselines. Importing any module of this folder registers all with PEFT."""
 
-from . import lor2c as lor2c, reslora as reslora
+from . import baselines as baselines, lor2c as lor2c, reslora as reslora

@@ -198,7 +198,7 @@ def test_held_out_rows_are_the_same_for_every_seed_and_never_trained_on(data):
 # Training
 
 
-LIKE_OTHERS = "dora pissa loha rlora gmlora reslora-is reslora-bs mergelor2c injectlor2c".split()
+LIKE_OTHERS = "dora pissa loha dylora sora adapterdrop loreft rlora gmlora reslora-is reslora-bs mergelor2c injectlor2c".split()
 
 
 @pytest.mark.parametrize(

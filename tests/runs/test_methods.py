@@ -23,7 +23,8 @@ from lor2c.runs.methods import METHODS
 from lor2c.runs.recipes import make_run
 from lor2c.runs.train import make_trainer, train
 
-CASES = [(method, {}) for method in METHODS] + [("lor2c", {"rm": True}), ("imlor2c", {"rm": True})]
+# A shadow network is for decoders: tests/runs/test_instructions.py trains one.
+CASES = [(method, {}) for method in METHODS if method != "shadow"] + [("lor2c", {"rm": True}), ("imlor2c", {"rm": True})]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,11 @@ def run_of(method: str, base: str, data: Path, **changes):
 def test_comes_back_as_scored(method, changes, base, glue_data, tmp_path):
     if method in ("mergelor2c", "injectlor2c"):
         changes = {"max_merges" if method == "mergelor2c" else "max_injections": 1}
+    changes = {"threshold": 0.03} if method == "sora" else changes  # gates of both kinds after two dozen steps
     run = run_of(method, base, glue_data, **changes)
     record = train(run, tmp_path / "run")
+    assert 0 < record.get("inference_parameters", 1) < record["trainable_parameters"]
+    assert ("inference_parameters" in record) == (method == "sora")
     assert record == json.loads((tmp_path / "run/record.json").read_text()) and len(record["history"]) == 3
     how = dict(num_labels=2, dtype=torch.float32)
     if method == "full":
@@ -63,7 +67,7 @@ def test_comes_back_as_scored(method, changes, base, glue_data, tmp_path):
         logits = model.eval()(**batch).logits
         if method not in ("head", "full"):  # what was loaded matters
             for name, p in model.named_parameters():
-                if any(part in name for part in ("lora_", "lor2c_", "hada_", "lokr_", "miss_", "ia3_")):
+                if any(part in name for part in ("lora_", "lor2c_", "hada_", "lokr_", "miss_", "ia3_", "edit_", "shadow_")):
                     p.zero_()
             assert (model(**batch).logits - logits).abs().max() > 1e-2
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows["labels"])).item()
