@@ -85,6 +85,8 @@ def add_settings(parser: argparse.ArgumentParser, defaults: dict[str, str], sche
     parser.add_argument("--units", help="residuals read and write the stream as in the paper, or in units of the stream (paper; alpaca with gemma-270m: stream)")
     parser.add_argument("--lora-rank", type=int, metavar="N", help="LoRA of this rank inside every layer, beside residuals")
     parser.add_argument("--targets", help=f"where LoRA goes: {', '.join(TARGETS)} (q and v)")
+    parser.add_argument("--layers", type=int, metavar="N", help="an adapter in so many of the upper layers only (all; adapterdrop: 7 of 12)")
+    parser.add_argument("--threshold", type=float, metavar="X", help=f"of sora's gates, in each step ({Run.threshold:g})")
     parser.add_argument("--share", action="store_true", default=None, help="one A for all residuals, as in sharelor2c")
     add_trust(parser)
     add_machine(parser)

@@ -34,6 +34,7 @@ def _row_of(by_task: dict[str, list[dict[str, Any]]], first: dict[str, list[dict
     ratios = [ours / theirs for ours, theirs in times if ours and theirs]
     return {
         "adapter_parameters": round(mean(record["adapter_parameters"] for record in records)),
+        "inference_parameters": round(mean(r.get("inference_parameters", r["adapter_parameters"]) for r in records)),
         "step": round(mean(ratios), 3) if ratios else None,
         "lr": sorted({record["hyper_parameters"]["lr"] for record in records}),
         "scores": {task: spread([score_of(r) for r in of_task]) for task, of_task in by_task.items()},
@@ -67,7 +68,9 @@ def _cells(row: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     "Write a row as text."
     rate, step = ", ".join(f"{lr:g}" for lr in row["lr"]), "" if row["step"] is None else f"{row['step']:.2f}"
     scores = [_score(*row["scores"].get(task, [])) for task in tasks]
-    return [row["contender"], f"{row['adapter_parameters']:,}", rate, step, *scores]
+    trained, runs = row["adapter_parameters"], row["inference_parameters"]
+    size = f"{trained:,}" + f" / {runs:,}" * (runs != trained)
+    return [row["contender"], size, rate, step, *scores]
 
 
 def _score(average: float | None = None, deviation: float = 0.0, n: int = 1) -> str:
@@ -103,7 +106,8 @@ def _fewer(record: dict[str, Any]) -> str:
 def summary_of(record: dict[str, Any]) -> dict[str, Any]:
     "Summarise a finished run for compare.json."
     best, metric = record["metrics"]["best"], record["metrics"]["chosen_by"]
-    names = "max_merges", "max_injections", "merges", "injections"
-    moves = dict(zip(names, limits_of(record) + moves_of(record), strict=True)) if "structure" in record else {}
-    sizes = {name: record[name] for name in ("adapter_parameters", "trainable_parameters", "seconds")}
+    moved = "max_merges", "max_injections", "merges", "injections"
+    moves = dict(zip(moved, limits_of(record) + moves_of(record), strict=True)) if "structure" in record else {}
+    names = "adapter_parameters", "inference_parameters", "trainable_parameters", "seconds"
+    sizes = {name: record[name] for name in names if name in record}
     return {metric: best[metric], "epoch": best["epoch"], **moves, **sizes}

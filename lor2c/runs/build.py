@@ -6,11 +6,13 @@
 __all__ = ['adapter_config', 'build_model', 'count_parameters', 'load_data']
 
 # %% ../../nbs/api/runs/03_build.ipynb #d7bc3a19
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import DatasetDict
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, PeftConfig, PeftModel, ShadowConfig
+from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -18,8 +20,10 @@ from ..data.task import by_length, validation_splits
 from ..data.tasks import find_task
 from .methods import SHORTCUTS, TARGETS
 from .settings import Run
+from ..tuners.baselines import EditConfig, edits
 from ..tuners.compat import DUMMY_TARGET_MODULES
 from ..tuners.config import LoR2CConfig, ResLoRAConfig
+from ..tuners.stack import stacks
 
 # %% ../../nbs/api/runs/03_build.ipynb #58d6b85b
 def adapter_config(
@@ -35,7 +39,7 @@ def adapter_config(
             return None
         case "head":
             return LoraConfig(**common, target_modules=DUMMY_TARGET_MODULES)
-        case "lora" | "rslora" | "dora" | "pissa" | "rlora" | "gmlora" | "rmlora":
+        case "lora" | "rslora" | "dora" | "pissa" | "dylora" | "rlora" | "gmlora" | "rmlora":
             return LoraConfig(
                 **common, **_lora_settings(run), **_targets(run), use_dora=run.method == "dora", use_rslora=run.method == "rslora",
                 init_lora_weights="pissa" if run.method == "pissa" else True,
@@ -49,6 +53,10 @@ def adapter_config(
             return MissConfig(**common, r=run.rank, miss_dropout=run.dropout)
         case "ia3":
             return IA3Config(**common)
+        case "shadow":
+            return ShadowConfig(**common, r=run.rank, shadow_dropout=run.dropout)
+        case "sora" | "adapterdrop" | "loreft":
+            return EditConfig(**common, **_edit_settings(run), **_targets(run))
         case "reslora-is" | "reslora-bs" | "reslora-ms":
             shortcut, usual = SHORTCUTS[run.method]
             pre_num = usual if run.pre_num is None else run.pre_num
@@ -62,6 +70,12 @@ def adapter_config(
 def _settings(run: Run) -> dict[str, Any]:
     "A run's rank, alpha and dropout in this library's words."
     return dict(r=run.rank, alpha=run.alpha, dropout=run.dropout)
+
+
+def _edit_settings(run: Run) -> dict[str, Any]:
+    "A run's kind of edit, with the settings that it has."
+    kind = {"adapterdrop": "bottleneck", "loreft": "reft"}.get(run.method, "sora")
+    return {"kind": kind, **(_settings(run) if kind == "sora" else {"r": run.rank})}
 
 
 def _lora_settings(run: Run) -> dict[str, Any]:
@@ -91,15 +105,33 @@ def build_model(run: Run) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     set_seed(run.seed)
     task = find_task(run.task)
     model, tokenizer, new = task.kind.load_model(task, run)
-    config = adapter_config(run, new)
+    config: Any = adapter_config(run, new)
+    if run.layers or run.method == "adapterdrop":
+        config.exclude_modules = _lower_layers(model, run.layers)
+    if run.method == "shadow" and not any(p.endswith(("layers", ".h")) and "encoder" not in p for p in stacks(model)):
+        raise ValueError("method 'shadow' is for decoders: choose another model or method")
     return (model if config is None else get_peft_model(model, config)), tokenizer
 
 
+def _lower_layers(model: nn.Module, upper: int | None) -> str:
+    "Write a regular expression for what is below the upper layers, 7 of 12 if None. Raises ValueError if there are fewer."
+    lower = []
+    for path, layers in stacks(model).items():
+        kept = -(-7 * len(layers) // 12) if upper is None else upper
+        if kept > len(layers):
+            raise ValueError(f"layers={upper}, but the model has {len(layers)}: choose 1 to {len(layers)}")
+        lower += [re.escape(f"{path}.{i}") for i in range(len(layers) - kept)]
+    return rf"({'|'.join(lower)})(\..*)?" if lower else ""
+
+
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    "How many numbers are trained, and how many of them are an adapter's (the rest is the head)."
+    "How many numbers are trained, how many are an adapter's (the rest is the head), and how many run if SoRA closed gates."
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     of_adapter = [n for name, n in trained.items() if "modules_to_save" not in name] if isinstance(model, PeftModel) else []
-    return {"trainable_parameters": sum(trained.values()), "adapter_parameters": sum(of_adapter)}
+    counts = {"trainable_parameters": sum(trained.values()), "adapter_parameters": sum(of_adapter)}
+    gated = [layer for layer in edits(model) if layer.edit_gate]
+    idle = sum(layer.idle() for layer in gated)
+    return counts | ({"inference_parameters": counts["adapter_parameters"] - idle} if gated else {})
 
 # %% ../../nbs/api/runs/03_build.ipynb #fc30fdab
 def load_data(

@@ -23,8 +23,9 @@ SHORTCUTS: dict[str, tuple[Shortcut, int]] = {
 
 # %% ../../nbs/api/runs/00_methods.ipynb #9625dcb5
 _residuals = ("lor2c", "sharelor2c", *CHANGING)
-_peft = ("lora", "rslora", "dora", "pissa", "adalora", "loha", "lokr", "miss", "ia3")
-METHODS = ("head", "full", *_peft, *RM_LORA, *SHORTCUTS, *_residuals)
+_peft = ("lora", "rslora", "dora", "pissa", "adalora", "loha", "lokr", "miss", "ia3", "shadow")
+_baselines = ("dylora", "sora", "adapterdrop", "loreft")
+METHODS = ("head", "full", *_peft, *_baselines, *RM_LORA, *SHORTCUTS, *_residuals)
 
 # %% ../../nbs/api/runs/00_methods.ipynb #d641a85c
 Targets = Literal["writing", "all-linear", "query-value", "attention", "head"]
@@ -38,15 +39,19 @@ TARGETS: dict[Targets, str] = {
 
 # %% ../../nbs/api/runs/00_methods.ipynb #070aff12
 _adapters, _with_rm = METHODS[2:], (*SHORTCUTS, *_residuals)
+_no_scaling = "miss", "ia3", "shadow", "adapterdrop", "loreft"
+_no_dropout = "loha", "lokr", "ia3", "adapterdrop", "loreft"
 HAVE: dict[str, tuple[str, ...]] = {
     "rank": tuple(method for method in _adapters if method != "ia3"),
-    "alpha": tuple(method for method in _adapters if method not in ("ia3", "miss")),
-    "dropout": tuple(method for method in _adapters if method not in ("loha", "lokr", "ia3")),
+    "alpha": tuple(method for method in _adapters if method not in _no_scaling),
+    "dropout": tuple(method for method in _adapters if method not in _no_dropout),
     "rm": _with_rm,
     "rm_coefficient": ("rlora", "rmlora", *_with_rm),
     **dict.fromkeys(("rm_directions", "rm_mask"), ("gmlora", "rmlora", *_with_rm)),
     "pre_num": tuple(SHORTCUTS),
-    "targets": ("lora", "rslora", "dora", "pissa", *RM_LORA, *SHORTCUTS),
+    "layers": (*_peft, *_baselines, *RM_LORA),
+    "threshold": ("sora",),
+    "targets": ("lora", "rslora", "dora", "pissa", "dylora", "sora", *RM_LORA, *SHORTCUTS),
     **dict.fromkeys(("share", "units", "lora_rank"), _residuals),
     "max_merges": ("imlor2c", "mergelor2c"),
     **dict.fromkeys(("max_injections", "inject_alpha"), ("imlor2c", "injectlor2c")),

@@ -42,6 +42,8 @@ class Run:
     share: bool = False  # one A for all residuals; always so with sharelor2c
     units: Units = "paper"  # "stream": read and write in units measured on the first batch
     lora_rank: int | None = None  # of LoRA inside every layer, on q and v, beside the residuals at their scaling
+    layers: int | None = None  # only so many of the upper layers; all, or 7 of 12 for adapterdrop, if None
+    threshold: float = 5e-4  # by which SoRA's gates move towards zero in a step
     targets: Targets | None = None  # where LoRA and ResLoRA go; q and v if None
     max_merges: int = 0  # M_max; the methods that change their structure have limits of their own
     max_injections: int = 0  # I_max
@@ -86,7 +88,7 @@ class Run:
             raise ValueError(f"method {self.method!r} reads activations that checkpointing does not keep: leave it out")
         self._check_method()
         self.settings()
-        for name in ("max_train_samples", "micro_batch_size", "lora_rank"):
+        for name in ("max_train_samples", "micro_batch_size", "lora_rank", "layers"):
             if (value := getattr(self, name)) is not None:
                 check_whole(name, value)
         self._check_task()
@@ -100,6 +102,7 @@ class Run:
                 check_whole(name, value, -(2**31), 2**20 if name.endswith("batch_size") else 2**31 - 1)
             elif isinstance(value, float):
                 check_number(name, value, lambda value: abs(value) < 2**100, "a number below 2^100")
+        check_number("threshold", self.threshold, lambda threshold: threshold >= 0, "0 or above")
         check_number("warmup", self.warmup, lambda share: 0 <= share <= 1, "from 0 to 1")
         check_number("weight_decay", self.weight_decay, lambda decay: 0 <= decay <= 1, "from 0 to 1")
 

@@ -23,6 +23,7 @@ from ..maths.checks import one_of
 from .methods import CHANGING
 from .progress import Progress
 from .settings import Run
+from ..training.baselines import DyLoRACallback, SoRACallback
 from ..training.imlor2c import IMCallback
 from ..training.rm_lora import RMLoRACallback
 
@@ -167,6 +168,10 @@ def callbacks_of(run: Run) -> list[TrainerCallback]:
         coefficient, mask = run.rm_coefficient * regularised, run.rm_mask if masked else None
         own.append(RMLoRACallback(coefficient, run.rm_directions, mask, seed=run.seed))
     kind = find_task(run.task).kind
+    if run.method == "dylora":
+        own.append(DyLoRACallback(run.seed))
+    if run.method == "sora":
+        own.append(SoRACallback(run.threshold))
     if run.method == "adalora":
         own.append(_AdaLoRASteps(summed=kind.by_token))
     if kind.evaluations > 1:
