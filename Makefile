@@ -20,10 +20,10 @@ demo: $(VENV)/.demo  ## fine-tune a small encoder on real data: minutes, on a CP
 test: $(VENV)/.dev   ## what you run before each push: all but slow tests and those of test-more
 	LOR2C_CI=1 $(PYTEST) -m "not more" $(TEST_ARGS)
 
-test-more: $(VENV)/.dev  ## the rest of what CI runs: tutorials at a smaller size, the site, killed runs, several processes
+test-more: $(VENV)/.dev $(VENV)/.deepspeed  ## the rest of what CI runs: tutorials at a smaller size, the site, killed runs, several processes
 	LOR2C_CI=1 $(PYTEST) -m more $(TEST_ARGS)
 
-test-all: $(VENV)/.dev  ## every test, slow ones too, tutorials at full size
+test-all: $(VENV)/.dev $(VENV)/.deepspeed  ## every test, slow ones too, tutorials at full size
 	LOR2C_SLOW=1 $(PYTEST) $(TEST_ARGS)
 
 nb: say-NB $(VENV)/.dev  ## the notebooks whose path has NB in it, as tests: make nb NB=lowrank
@@ -76,3 +76,9 @@ $(VENV)/.dev: settings.ini setup.py constraints.txt | $(BIN)/pip
 	@echo "Installing lor2c and what its tests and site need into $(VENV) (some minutes the first time)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.demo
+
+# In a folder of its own, where only the tests of ZeRO find it. DeepSpeed is for Linux; elsewhere those tests are skipped.
+$(VENV)/.deepspeed: $(VENV)/.dev
+	[ "$$(uname)" != Linux ] || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-deps --upgrade --target $(VENV)/deepspeed deepspeed einops hjson ninja py-cpuinfo
+	@touch $@

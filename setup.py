@@ -12,6 +12,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {name: cfg[f"{name}_requirements"].split() for name in ("demo", "gemma", "eval", "onnx", "openvino", "draw", "dev")}
 extras["dev"] = sum(extras.values(), [])  # the tests run everything
+extras["deepspeed"] = cfg["deepspeed_requirements"].split()  # they keep it apart
 site = cfg["doc_host"] + cfg["doc_baseurl"]
 
 

@@ -1,12 +1,14 @@
 """DeepSpeed's ZeRO in a plain Trainer, two processes with gloo, beside DistributedDataParallel."""
 
 import importlib.util
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from training.test_processes import TORCHRUN, far, finish, read, start, succeeded
+from training.test_processes import ENV, TORCHRUN, far, finish, read, start, succeeded
 
 from lor2c.disk.checkpoints import last_complete_checkpoint
 
@@ -15,7 +17,17 @@ RUNS = [
     *("ddp", "ddp rm", "ddp plain", "ddp loop", "zero1", "zero2 best", "zero2 from 8", "zero2 late"),
     *("zero2 rm", "zero2 loop", "zero3", "zero3 from 2"),
 ]
-pytestmark = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="deepspeed is not installed")
+APART = Path(sys.prefix) / "deepspeed"  # where `make test-more` puts it
+THERE = APART.is_dir() or importlib.util.find_spec("deepspeed")
+pytestmark = pytest.mark.skipif(not THERE, reason="deepspeed is not installed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def path_of_deepspeed():
+    """Processes that a test starts find DeepSpeed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENV, "PYTHONPATH", os.pathsep.join([str(APART), *filter(None, [ENV.get("PYTHONPATH")])]))
+        yield
 
 
 @pytest.fixture(scope="module")
