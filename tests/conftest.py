@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,34 @@ def glue_data(tmp_path_factory) -> Path:
     return folder.parent
 
 
+@pytest.fixture
+def cut_and_resumed(monkeypatch, tmp_path) -> Callable[..., Path]:
+    """Interrupts a run, lets it go on, and compares its history and adapter with the folder and record of the whole run."""
+    import torch
+    from safetensors.torch import load_file
+
+    from lor2c.runs.progress import Progress
+    from lor2c.runs.train import train
+
+    def stop(self, args, state, control, **_):
+        if state.epoch:
+            raise KeyboardInterrupt
+
+    def check(run, whole: Path, record: dict) -> Path:
+        folder = tmp_path / "cut"
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "on_epoch_begin", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(run, folder)
+        cut = train(run, folder, resume=True)
+        assert cut["history"] == record["history"] and cut["metrics"] == record["metrics"]
+        one, other = (load_file(place / "adapter/adapter_model.safetensors") for place in (whole, folder))
+        assert all(torch.equal(one[name], other[name]) for name in one | other)
+        return folder
+
+    return check
+
+
 # Not in `make test` but in `make test-more`, which CI runs as well: every test whose id begins like one of these. Together they
 # take longer than all others, and most changes do not touch what they test: the site in a browser, several processes, runs
 # that are killed, sweeps, pages that train. A test or notebook that you add is in `make test`, unless you name it or its
@@ -94,7 +123,7 @@ PAGES = (
     *(f"methods/{name}" for name in ("stream_units", "fitted_merges", "shrink")),
     *(f"results/{name}" for name in ("comparison", "figures", "method_comparison", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
-    *(f"tutorials/{name}" for name in ("pictures", "squad")),
+    *(f"tutorials/{name}" for name in ("pictures", "problems", "squad")),
 )
 MORE = (
     "tests/test_docs.py::test_plain_nbdev_shows_the_reference",

@@ -18,7 +18,6 @@ from sklearn.datasets import load_sample_images
 
 from lor2c.data.drawing import Painter, noise_loss
 from lor2c.runs.job import prepare
-from lor2c.runs.progress import Progress
 from lor2c.runs.recipes import make_run
 from lor2c.runs.train import train
 
@@ -122,24 +121,11 @@ def test_end_to_end(method, base, data, trained, tmp_path):
     assert pixels[0].size == (32, 16) and pixels[0].tobytes() != pixels[-1].tobytes()
 
 
-def test_interrupted_and_resumed(monkeypatch, base, data, trained, tmp_path):
-    run = run_of("reslora-is", base, data)
+def test_interrupted_and_resumed(cut_and_resumed, base, data, trained):
     folder, whole = trained("reslora-is")
-
-    def stop(self, args, state, control, **_):
-        if state.epoch:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "on_epoch_begin", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(run, tmp_path / "cut")
-    cut = train(run, tmp_path / "cut", resume=True)
-    assert cut["history"] == whole["history"]
-    one, other = tensors(folder), tensors(tmp_path / "cut")
-    assert all(torch.equal(one[name], other[name]) for name in one | other)
+    cut = cut_and_resumed(run_of("reslora-is", base, data), folder, whole)
     for file in (folder / "pictures").iterdir():
-        assert file.read_bytes() == (tmp_path / "cut/pictures" / file.name).read_bytes()
+        assert file.read_bytes() == (cut / "pictures" / file.name).read_bytes()
 
 
 def test_parquet_and_checkpointing(base, data, tmp_path):

@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 
 from lor2c.data import images
 from lor2c.data.images import load_pictures, open_picture
-from lor2c.runs.progress import Progress
 from lor2c.runs.recipes import make_run
 from lor2c.runs.train import train
 
@@ -141,22 +140,9 @@ def test_a_pair_on_the_head_of_a_text_classifier(tmp_path):
         adapter_config(make_run("alpaca", "lora", "gemma-270m", targets="head"), [])
 
 
-def test_interrupted_and_resumed(monkeypatch, base, data, tmp_path):
+def test_interrupted_and_resumed(cut_and_resumed, base, data, tmp_path):
     run = run_of("lor2c", base[0], data, epochs=2, max_train_samples=64)
-    whole = train(run, tmp_path / "whole")
-
-    def stop(self, args, state, control, **_):
-        if state.epoch:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "on_epoch_begin", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(run, tmp_path / "cut")
-    cut = train(run, tmp_path / "cut", resume=True)
-    assert cut["history"] == whole["history"]
-    tensors = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "cut")]
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] | tensors[1])
+    cut_and_resumed(run, tmp_path / "whole", train(run, tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(

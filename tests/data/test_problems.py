@@ -5,18 +5,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import transformers as T
 from conftest import refused
 from peft import PeftModel
-from safetensors.torch import load_file
 from tiny import byte_tokenizer, decoder_folder
 
 from lor2c.data.base import load_decoder
 from lor2c.data.instructions import tokenize_instructions
 from lor2c.data.problems import PROBLEMS, find_answer, load_problems, respond
 from lor2c.data.prompts import as_tokens, make_prompt
-from lor2c.runs.progress import Progress
 from lor2c.runs.recipes import make_run
 from lor2c.runs.train import train
 
@@ -161,19 +158,6 @@ def test_a_decoder_learns_and_its_record_is_true(method, model, data, tmp_path):
         assert 0 <= answers_of(folded, tokenizer, data) <= 1
 
 
-def test_interrupted_and_resumed(monkeypatch, model, data, tmp_path):
+def test_interrupted_and_resumed(cut_and_resumed, model, data, tmp_path):
     run = run_of("lor2c", model, data, epochs=2, max_train_samples=32)
-    whole = train(run, tmp_path / "whole")
-
-    def stop(self, args, state, control, **_):
-        if state.epoch:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "on_epoch_begin", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(run, tmp_path / "cut")
-    cut = train(run, tmp_path / "cut", resume=True)
-    assert cut["history"] == whole["history"] and cut["metrics"] == whole["metrics"]
-    tensors = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("whole", "cut")]
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0] | tensors[1])
+    cut_and_resumed(run, tmp_path / "whole", train(run, tmp_path / "whole"))
