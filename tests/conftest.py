@@ -123,7 +123,7 @@ PAGES = (
     *(f"methods/{name}" for name in ("stream_units", "fitted_merges", "shrink")),
     *(f"results/{name}" for name in ("comparison", "figures", "method_comparison", "tables")),
     *(f"tutorials/{name}" for name in ("alpaca", "demo", "glue", "imlor2c", "reslora", "rm_lora")),
-    *(f"tutorials/{name}" for name in ("pictures", "problems", "squad")),
+    *(f"tutorials/{name}" for name in ("pictures", "squad")),
 )
 MORE = (
     "tests/test_docs.py::test_plain_nbdev_shows_the_reference",

@@ -26,7 +26,6 @@ NEEDS = {
     "nbs/tutorials/imlor2c.ipynb": ("glue", "LOR2C_GLUE_DIR"),
     "nbs/tutorials/alpaca.ipynb": ("alpaca-cleaned", "LOR2C_ALPACA_DIR"),
     "nbs/tutorials/squad.ipynb": ("squad", "LOR2C_SQUAD_DIR"),
-    "nbs/tutorials/problems.ipynb": ("eval/svamp", "LOR2C_PROBLEMS_DIR"),
 }
 
 
