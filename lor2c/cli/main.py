@@ -92,7 +92,7 @@ def _read(argv: list[str]) -> argparse.Namespace:
     "The arguments of a command, those of its settings file among them. Ends with SystemExit(2) where they are wrong."
     named = [word for word in argv if word in COMMANDS][:1]
     try:
-        if named and not {"-h", "--help"} & set(argv) and not _values("--save-config", argv):
+        if named and not {"-h", "--help", "--dry-run"} & set(argv) and not _values("--save-config", argv):
             for model in _values("--model", argv)[-1:]:
                 # before torch is loaded, which takes a minute on a busy machine
                 check_model(model, "model_index.json" if named == ["draw"] else "config.json")
