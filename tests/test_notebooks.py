@@ -2,6 +2,10 @@
 
 import os
 import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -47,8 +51,23 @@ def is_there(folder: str, variable: str) -> bool:
     return variable in os.environ or any((p / "shared/data" / folder).is_dir() for p in ROOT.parents)
 
 
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str] | None]:
+    """The command that starts a kernel with torch and transformers loaded; None where processes aren't forked."""
+    if sys.platform != "linux":
+        yield None
+        return
+    path = tmp_path_factory.mktemp("kernels") / "socket"
+    command = [sys.executable, str(ROOT / "tests/workers/kernels.py"), str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as loaded:
+        while not path.exists() and loaded.poll() is None:
+            time.sleep(0.1)
+        yield [*command, "-f", "{connection_file}"]
+        loaded.communicate()
+
+
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.relative_to("nbs").with_suffix("").as_posix())
-def test_notebook(path: Path) -> None:
+def test_notebook(path: Path, kernels: list[str] | None) -> None:
     if (needed := NEEDS.get(path.as_posix())) and not is_there(*needed):
         pytest.skip(f"needs data: set {needed[1]} to a folder such as {needed[0]}, see the page")
     if library := LIBRARIES.get(path.as_posix()):
@@ -58,6 +77,8 @@ def test_notebook(path: Path) -> None:
     stored = printed(nb)
     folder = {"metadata": {"path": ROOT / path.parent}}
     client = NotebookClient(nb, timeout=None, kernel_name="python3", resources=folder)
+    manager = client.create_kernel_manager()
+    manager.kernel_spec.argv = kernels or manager.kernel_spec.argv
     failure = ""
     try:
         client.execute()
