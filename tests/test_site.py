@@ -433,7 +433,7 @@ document.fonts.ready.then((fonts) => setTimeout(() => done({
     "no font for equations": all("main math").length && ![...fonts].some((f) =>
         f.family.includes("IBM Plex Math") && f.status === "loaded") ? ["IBM Plex Math"] : [],
     "command cut off": all("main pre.sh").filter((e) => e.scrollWidth > e.clientWidth).map(start),
-    "too long to be seen at once": all("main pre code").filter((c) => !flat(c) && c.innerText.trim().split("\\n").length > 40)
+    "too long to be seen at once": all("main pre code").filter((c) => !flat(c) && c.innerText.trim().split("\\n").length > 44)
         .map((c) => c.innerText.slice(0, 80)),
 }), 20));
 """

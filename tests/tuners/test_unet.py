@@ -40,8 +40,8 @@ def batch(dtype=torch.float32, seed=0):
 
 def adapted(std=0.2, dtype=torch.float32, base=None, **settings):
     config = lor2c.ResLoRAConfig(**dict(r=2, alpha=6, target_modules=TARGETS) | settings)
-    model = get_peft_model(base or copy.deepcopy(BASE).to(dtype), config).eval()
     torch.manual_seed(1)
+    model = get_peft_model(base or copy.deepcopy(BASE).to(dtype), config).eval()
     for name, p in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=std)
