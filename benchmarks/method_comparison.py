@@ -190,7 +190,7 @@ def measure(
         "forgetting": after - before,
         "loss_before": before,
         "peak_bytes": peak,
-        "train_seconds": round(record["seconds_per_step"] * record["steps"], 1),
+        "train_seconds": round(record["seconds_per_step"] * record["steps"], 4),
         "total_seconds": round(total, 1),
         "file_bytes": size,
         **{name: record[name] for name in kept},
