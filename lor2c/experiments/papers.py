@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/api/experiments/05_papers.ipynb #1d556ca5
+import os
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ def _runnable(experiment: Experiment, asked: Sequence[str]) -> list[str]:
 def needs_of(experiment: Experiment, runs: Sequence[Run], size: Size) -> list[str]:
     "Say which models and data runs fetch from the hub, and which GPU they want, a line each."
     models = {run.model for run in runs} - {"minilm", "gemma-270m"}
-    found = [f"model: {model}, {'a folder' if Path(model).is_dir() else 'from the hub'}" for model in sorted(models)]
+    found = [f"model: {model}, {'a folder' if os.path.isdir(model) else 'from the hub'}" for model in sorted(models)]
     if fetched := sorted({run.task for run in runs if run.data_dir is None and not find_task(run.task).recipe.model}):
         found.append(f"data: {', '.join(fetched)}, from the hub; or --data-dir DIR")
     if size == "full":

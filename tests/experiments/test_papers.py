@@ -114,3 +114,8 @@ def test_two_names_of_one_run_are_refused(base, glue_data, tmp_path):
     with pytest.raises(SystemExit) as end:
         run_many(args, lambda: comparison, str)
     assert end.value.code == 2
+
+
+def test_a_name_too_long_for_a_folder_is_a_name(capsys):
+    main(["paper", "lor2c-table1", "--tasks", "rte", "--size", "cpu", "--model", "a" * 300, "--dry-run"])
+    assert "aaa, from the hub" in capsys.readouterr().out
