@@ -6,10 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/api/training/14_baselines.ipynb #2154939c
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..maths.baselines import soft_threshold, truncated
@@ -21,7 +23,8 @@ class DyLoRACallback(TrainerCallback):
     "Truncates a model's LoRA to a rank drawn for each step, from 1 to its own. Source: DyLoRA (Valipour et al., 2023)."
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed, self.hooks = seed, []  # type: ignore[var-annotated]
+        self.seed = seed
+        self.hooks: list[RemovableHandle] = []
         self.share = 1.0  # of the ranks, drawn from (0, 1]
 
     def on_train_begin(
@@ -36,7 +39,7 @@ class DyLoRACallback(TrainerCallback):
 
     def _truncate(self, B: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         z = args[0]
-        return (truncated(z, -int(-self.share * z.shape[-1] // 1)),) if B.training else None
+        return (truncated(z, math.ceil(self.share * z.shape[-1])),) if B.training else None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for hook in self.hooks:

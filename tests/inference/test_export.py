@@ -12,7 +12,7 @@ import torch
 import transformers as T
 from conftest import refused
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import DECODER, STACKS, adapted, batch, build, byte_tokenizer, decoder_folder
+from tiny import DECODER, STACKS, adapted, batch, build, byte_tokenizer, decoder_folder, with_values
 
 import lor2c
 from lor2c.cli.main import main
@@ -30,15 +30,6 @@ STRUCTURES = {
 AUTO = {**dict.fromkeys(("GPT-2", "Llama", "Qwen 3", "Gemma 3"), "CausalLM"), "ViT": "ImageClassification"}
 AUTO |= dict.fromkeys(("T5 encoder", "T5 decoder"), "Seq2SeqLM")
 GREEDY = dict(max_new_tokens=6, do_sample=False)
-
-
-def with_values(model):
-    """Made-up values in B and in trained heads, in place of training."""
-    torch.manual_seed(1)
-    for name, p in model.named_parameters():
-        if "_B." in name or "modules_to_save" in name:
-            torch.nn.init.normal_(p, std=0.2)
-    return model.eval()
 
 
 def asked_of(stack: str) -> dict:

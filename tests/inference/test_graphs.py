@@ -7,7 +7,7 @@ import torch
 import transformers as T
 from conftest import refused
 from peft import PeftModel, get_peft_model
-from tiny import STACKS, adapted, batch, build, decoder_folder
+from tiny import STACKS, adapted, batch, build, decoder_folder, with_values
 
 import lor2c
 from lor2c.cli.main import main
@@ -17,15 +17,6 @@ from lor2c.inference.export import export
 ENGINES = ("onnx", "openvino")
 QUICK = ("BERT",)  # a decoder is in `test_the_command`
 SLOW = [pytest.param(s, marks=pytest.mark.slow) for s in STACKS if s not in QUICK and not s.startswith("T5")]
-
-
-def with_values(model):
-    """Made-up values in B and in trained heads, in place of training."""
-    torch.manual_seed(1)
-    for name, p in model.named_parameters():
-        if "_B." in name or "modules_to_save" in name:
-            torch.nn.init.normal_(p, std=0.2)
-    return model.eval()
 
 
 def sizes_of(stack):
